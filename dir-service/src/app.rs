@@ -1,0 +1,206 @@
+//! The composition root: builds the parts, serves them, and ends them together.
+
+use crate::{
+    config::Config,
+    gate::{Gate, Mode},
+    grpc::{
+        cluster::ClusterHandler,
+        directory::DirectoryHandler,
+        layer::{Counts, RequestLayer},
+        session::SessionHandler,
+    },
+    life::Life,
+    metrics,
+    rebuild::Lobby,
+    store::{JournaledStore, StoreWrapper},
+};
+use cairn_proto::{
+    Error, FILE_DESCRIPTOR_SET, Result,
+    host::Host,
+    limits::MESSAGE_BYTES_MAX,
+    net::{Incoming, Traffic, server},
+    v1::{
+        cluster_service_server::{self, ClusterServiceServer},
+        directory_service_server::{self, DirectoryServiceServer},
+        session_service_server::{self, SessionServiceServer},
+    },
+};
+use disk::Disk;
+use std::{
+    net::SocketAddr,
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
+use tokio::{task::JoinSet, time::Instant};
+use tokio_util::sync::CancellationToken;
+
+/// Longest that requests under way may take once the directory stops.
+const DRAIN_MAX: Duration = Duration::from_secs(5);
+/// After the last answer was begun, its bytes have this long to leave. Streams without an end are cut then.
+const DRAIN_QUIET: Duration = Duration::from_millis(100);
+
+/// A directory, ready to serve.
+#[derive(Debug)]
+pub struct App {
+    life: Arc<Life>,
+    store: Option<Arc<JournaledStore>>,
+    counts: Arc<Counts>,
+    metrics: Option<SocketAddr>,
+}
+
+impl App {
+    /// Opens the store on the disk, if there is one, and wires everything; nothing is served yet.
+    ///
+    /// # Errors
+    /// When the store is damaged or of a newer version; the message names what to do.
+    pub async fn build(config: Config, disk: Arc<dyn Disk>, host: Host) -> Result<Self> {
+        Self::build_wrapped(config, disk, host, StoreWrapper::default()).await
+    }
+
+    /// As [`App::build`], with something of the caller's between the directory and its store.
+    ///
+    /// # Errors
+    /// As [`App::build`].
+    pub async fn build_wrapped(
+        config: Config,
+        disk: Arc<dyn Disk>,
+        host: Host,
+        wrapper: StoreWrapper,
+    ) -> Result<Self> {
+        let gate = Arc::new(Gate::default());
+        let lobby = Arc::new(Lobby::new(config.clone()));
+        let life = Arc::new(Life { config, disk, host, wrapper, gate, lobby });
+        let store = life.find().await?;
+        Ok(Self { life, store, counts: Arc::default(), metrics: None })
+    }
+
+    /// Serves figures in the form of Prometheus at this address too.
+    #[must_use]
+    pub fn with_metrics(mut self, address: Option<SocketAddr>) -> Self {
+        self.metrics = address;
+        self
+    }
+
+    /// What the directory is doing; follow it to know when it serves.
+    pub fn gate(&self) -> Arc<Gate> {
+        self.life.gate.clone()
+    }
+
+    /// Serves on all listeners until `shutdown`, then lets requests under way finish, and closes the store.
+    ///
+    /// # Errors
+    /// When a listener fails.
+    pub async fn serve(self, incoming: Vec<Incoming>, shutdown: CancellationToken) -> Result<()> {
+        let (gate, counts) = (self.life.gate.clone(), self.counts.clone());
+        // The directory outlives the listeners: requests under way need it.
+        let ended = CancellationToken::new();
+        let life = tokio::spawn(self.life.clone().run(self.store, ended.clone()));
+        let metrics = self.metrics.map(|address| {
+            tokio::spawn(metrics::serve(address, gate.clone(), counts.clone(), shutdown.clone()))
+        });
+        let mut listeners = JoinSet::new();
+        let layer = RequestLayer::new(self.life.host.seed, counts.clone());
+        for incoming in incoming {
+            let router = router(&self.life, layer.clone()).await?;
+            let shutdown = shutdown.clone();
+            listeners.spawn(async move {
+                router.serve_with_incoming_shutdown(incoming, shutdown.cancelled_owned()).await
+            });
+        }
+        let mut outcome = Ok(());
+        tokio::select! {
+            () = shutdown.cancelled() => {}
+            ended = listeners.join_next() => if !shutdown.is_cancelled() {
+                outcome = Err(Error::unavailable(match ended {
+                    Some(Ok(Err(error))) => format!("a listener failed: {error}"),
+                    Some(Err(error)) => format!("a listener failed: {error}"),
+                    Some(Ok(Ok(()))) | None => "the listeners are closed".to_owned(),
+                }));
+            },
+        }
+        if outcome.is_ok() {
+            drain(&mut listeners, &counts).await;
+        }
+        listeners.shutdown().await;
+        gate.set(Mode::Stopped);
+        ended.cancel();
+        if let Err(error) = life.await {
+            tracing::error!(%error, "the directory did not end cleanly");
+        }
+        if let Some(metrics) = metrics {
+            metrics.abort();
+        }
+        outcome
+    }
+}
+
+/// Waits for requests under way. Streams that never end (renewals, watches) do not hold it up.
+async fn drain(listeners: &mut JoinSet<Result<(), tonic::transport::Error>>, counts: &Counts) {
+    let begun = Instant::now();
+    let mut quiet_since = begun;
+    loop {
+        if counts.under_way.load(Ordering::Relaxed) > 0 {
+            quiet_since = Instant::now();
+        }
+        if quiet_since.elapsed() >= DRAIN_QUIET || begun.elapsed() >= DRAIN_MAX {
+            return;
+        }
+        let step = tokio::time::timeout(Duration::from_millis(5), listeners.join_next()).await;
+        if matches!(step, Ok(None)) {
+            return;
+        }
+    }
+}
+
+async fn router(
+    life: &Life,
+    layer: RequestLayer,
+) -> Result<
+    tonic::transport::server::Router<tower::layer::util::Stack<RequestLayer, tower::layer::util::Identity>>,
+> {
+    let (reporter, health) = tonic_health::server::health_reporter();
+    reporter.set_serving::<DirectoryServiceServer<DirectoryHandler>>().await;
+    reporter.set_serving::<SessionServiceServer<SessionHandler>>().await;
+    reporter.set_serving::<ClusterServiceServer<ClusterHandler>>().await;
+    // The descriptors are those of the whole contract; what is listed is what answers here.
+    let reflection = |own: &str| {
+        tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
+            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+            .with_service_name(directory_service_server::SERVICE_NAME)
+            .with_service_name(session_service_server::SERVICE_NAME)
+            .with_service_name(cluster_service_server::SERVICE_NAME)
+            .with_service_name(tonic_health::pb::health_server::SERVICE_NAME)
+            .with_service_name(own)
+    };
+    let broken = |error| Error::internal(format!("the descriptors for reflection are damaged: {error}"));
+    let gate = &life.gate;
+    Ok(server(Traffic::Small)
+        .layer(layer)
+        .add_service(health)
+        .add_service(
+            reflection(tonic_reflection::pb::v1::server_reflection_server::SERVICE_NAME)
+                .build_v1()
+                .map_err(broken)?,
+        )
+        .add_service(
+            reflection(tonic_reflection::pb::v1alpha::server_reflection_server::SERVICE_NAME)
+                .build_v1alpha()
+                .map_err(broken)?,
+        )
+        .add_service(
+            DirectoryServiceServer::new(DirectoryHandler::new(gate.clone()))
+                .max_decoding_message_size(MESSAGE_BYTES_MAX)
+                .max_encoding_message_size(MESSAGE_BYTES_MAX),
+        )
+        .add_service(
+            SessionServiceServer::new(SessionHandler::new(gate.clone()))
+                .max_decoding_message_size(MESSAGE_BYTES_MAX)
+                .max_encoding_message_size(MESSAGE_BYTES_MAX),
+        )
+        .add_service(
+            ClusterServiceServer::new(ClusterHandler::new(gate.clone(), life.lobby.clone()))
+                .max_decoding_message_size(MESSAGE_BYTES_MAX)
+                .max_encoding_message_size(MESSAGE_BYTES_MAX),
+        ))
+}

@@ -1,0 +1,183 @@
+//! Registers this server with the directory, and then says again and again that it lives.
+
+use crate::node::{Mode, Node};
+use cairn_proto::{
+    Error, Reason, Result,
+    id::{Generation, ServerId},
+    v1,
+};
+use rand::{Rng as _, SeedableRng as _, rngs::SmallRng};
+use std::{sync::Arc, time::Duration};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+/// First wait for a directory that does not answer; doubled up to the set longest one.
+const RETRY_FIRST_MS: u64 = 25;
+
+/// Registers and sends heartbeats until `shutdown`; then a last one says that this server leaves.
+pub async fn run(node: Arc<Node>, seed: u64, shutdown: CancellationToken) {
+    let mut rng = SmallRng::seed_from_u64(seed);
+    let mut interval_ms = node.config.timing.heartbeat_interval_ms;
+    let mut is_registered = false;
+    let mut retry_ms = RETRY_FIRST_MS;
+    while !shutdown.is_cancelled() {
+        let began = Instant::now();
+        let done = tokio::select! {
+            done = async {
+                match is_registered {
+                    true => heartbeat(&node, false).await,
+                    false => register(&node).await.map(|heartbeat_ms| interval_ms = heartbeat_ms),
+                }
+            } => done,
+            () = shutdown.cancelled() => break,
+        };
+        let wait = match done {
+            Ok(()) => {
+                is_registered = true;
+                retry_ms = RETRY_FIRST_MS;
+                Duration::from_millis(interval_ms).saturating_sub(began.elapsed())
+            }
+            Err(error) if is_registered && error.reason == Reason::NotFound => {
+                tracing::info!("the directory does not know this server any more: registering again");
+                is_registered = false;
+                Duration::ZERO
+            }
+            Err(error) => {
+                // Another directory answers at the address: registering says what is wrong, and health shows it.
+                is_registered &= error.reason != Reason::WrongCluster;
+                tracing::debug!(%error, is_registered, "the directory was not reached");
+                let jittered = rng.random_range(retry_ms / 2..=retry_ms);
+                retry_ms = (retry_ms * 2).min(node.config.timing.register_retry_ms.max(1));
+                Duration::from_millis(jittered)
+            }
+        };
+        tokio::select! {
+            () = tokio::time::sleep(wait) => {}
+            () = node.heartbeat_wanted.notified() => {}
+            () = shutdown.cancelled() => {}
+        }
+    }
+    if is_registered {
+        // Best effort: silence says the same, only later.
+        if let Err(error) = heartbeat(&node, true).await {
+            tracing::debug!(%error, "could not tell the directory that this server leaves");
+        }
+    }
+}
+
+/// Registers; answers the time between heartbeats.
+async fn register(node: &Node) -> Result<u64> {
+    let identity = &node.identity;
+    let request = v1::RegisterRequest {
+        cluster_id: identity.cluster_id(),
+        server_id: identity.server_id().0,
+        disk_id: identity.disk_id(),
+        incarnation: identity.incarnation().to_owned(),
+        endpoints: endpoints(&node.config.advertise),
+        zone: node.config.zone.clone(),
+        generation: identity.generation().0,
+        journals: node.journals.copies(),
+        usage: Some(node.usage()),
+        term: identity.life().term,
+        starts: identity.starts(),
+        topology_revision: topology_revision(node),
+    };
+    let registered = async {
+        let answer = node.directory.register(request).await?;
+        identity.join(&answer.cluster_id, ServerId(answer.server_id), Generation(answer.generation)).await?;
+        if let Some(life) = &answer.life {
+            identity.hear_from(life).await?;
+        }
+        Ok::<_, Error>(answer)
+    };
+    let answer = match registered.await {
+        Ok(answer) => answer,
+        Err(error) => {
+            if matches!(error.reason, Reason::WrongCluster | Reason::InvalidArgument) {
+                refuse(node, &error);
+            }
+            return Err(error);
+        }
+    };
+    if Generation(answer.generation) < identity.generation() {
+        tracing::warn!(
+            directory = answer.generation,
+            known = identity.generation().0,
+            "the directory is behind what this server knows: nothing of it is taken over"
+        );
+    }
+    if let Some(topology) = &answer.topology {
+        node.adopt(topology).await?;
+    }
+    tracing::info!(
+        cluster = answer.cluster_id,
+        server = answer.server_id,
+        generation = answer.generation,
+        rebuilding = answer.rebuilding,
+        "registered with the directory"
+    );
+    node.mode.send_if_modified(|mode| std::mem::replace(mode, Mode::Serving) != Mode::Serving);
+    Ok(match answer.heartbeat_interval_ms {
+        0 => node.config.timing.heartbeat_interval_ms,
+        interval_ms => interval_ms,
+    })
+}
+
+/// Stops serving: the disk is not of this cluster. It is kept as it is.
+fn refuse(node: &Node, error: &Error) {
+    let refused = Mode::Refused(error.clone());
+    let is_new = node.mode.send_if_modified(|mode| std::mem::replace(mode, refused.clone()) != refused);
+    if is_new {
+        tracing::error!(%error, "the directory refuses this server: it serves nothing, keeps everything, and asks again");
+    }
+}
+
+async fn heartbeat(node: &Node, leaving: bool) -> Result<()> {
+    let bad = node.bad_chunks();
+    let life = node.identity.life();
+    let request = v1::HeartbeatRequest {
+        cluster_id: node.identity.cluster_id(),
+        server_id: node.me().0,
+        incarnation: node.identity.incarnation().to_owned(),
+        usage: Some(node.usage()),
+        topology_revision: topology_revision(node),
+        journals: node.journals.copies(),
+        bad_chunks: bad.iter().copied().map(v1::ChunkId::from).collect(),
+        leaving,
+        generation: life.generation,
+        term: life.term,
+        scrub: Some(node.scrub.progress(node.config.timing.scrub_period_ms)),
+    };
+    let answer = node.directory.heartbeat(request).await?;
+    node.reported_bad(&bad);
+    if let Some(life) = &answer.life {
+        node.identity.hear_from(life).await?;
+    } else if Generation(answer.generation) < node.identity.generation() {
+        return Ok(());
+    }
+    if let Some(topology) = &answer.topology {
+        node.adopt(topology).await?;
+    } else if Generation(answer.generation) > node.topology.map().generation {
+        // Revisions of different generations cannot be compared: ask for all of it.
+        node.refresh_topology().await?;
+    }
+    Ok(())
+}
+
+/// The revision of the topology, if it is of the generation that this server knows.
+fn topology_revision(node: &Node) -> u64 {
+    let map = node.topology.map();
+    if map.generation == node.identity.generation() { map.revision.0 } else { 0 }
+}
+
+fn endpoints(uris: &[String]) -> Vec<v1::Endpoint> {
+    uris.iter()
+        .map(|uri| {
+            let scope = match uri.starts_with("unix:") {
+                true => v1::EndpointScope::Host,
+                false => v1::EndpointScope::Network,
+            };
+            v1::Endpoint { uri: uri.clone(), scope: scope as i32 }
+        })
+        .collect()
+}

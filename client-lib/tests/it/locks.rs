@@ -1,0 +1,180 @@
+//! Locks and the session behind them.
+
+use crate::fake::{Cluster, DIRECTORY, eventually, net::Mood, noise};
+use client_lib::{Error, LockOptions, Reason, WriteOptions};
+use futures::StreamExt as _;
+use std::time::Duration;
+use tokio::time::timeout;
+
+const SOON: Duration = Duration::from_secs(20);
+
+#[tokio::test]
+async fn a_second_writer_is_declined_at_once_with_the_holder() {
+    let cluster = Cluster::start(3);
+    let (one, two) = (cluster.client(), cluster.client());
+    let lock = one.lock("/file", LockOptions::new().owner("painter")).await.unwrap();
+    assert!(lock.attributes().is_none());
+    for size in [1, 100_000] {
+        let error = two.write("/file", noise(size, 1)).await.unwrap_err();
+        assert_eq!(error.reason, Reason::LockHeld);
+        let held = error.detail.lock.as_ref().unwrap();
+        assert_eq!((held.owner.as_str(), held.expires_in_ms), ("painter", 10_000));
+    }
+    assert_eq!(two.lock("/file", LockOptions::new()).await.unwrap_err().reason, Reason::LockHeld);
+    assert_eq!(two.locks().count().await, 1);
+    one.write_with("/file", "under the lock", WriteOptions::new().token(&lock)).await.unwrap();
+    one.write_with("/file", noise(100_000, 2), WriteOptions::new().token(&lock)).await.unwrap();
+    lock.unlock().await.unwrap();
+    two.write("/file", "free").await.unwrap();
+}
+
+#[tokio::test]
+async fn a_writer_that_waits_goes_on_when_the_lock_is_free() {
+    let cluster = Cluster::start(3);
+    let (one, two) = (cluster.client(), cluster.client());
+    for size in [1, 100_000] {
+        let lock = one.lock("/file", LockOptions::new()).await.unwrap();
+        let waiting = tokio::spawn({
+            let two = two.clone();
+            async move { two.write_with("/file", noise(size, 1), WriteOptions::new().wait(SOON)).await }
+        });
+        let before = cluster.calls("Lock").len();
+        eventually("it asks for the lock", || cluster.calls("Lock").len() > before).await;
+        assert!(!waiting.is_finished());
+        lock.unlock().await.unwrap();
+        timeout(SOON, waiting).await.unwrap().unwrap().unwrap();
+    }
+    let error = {
+        let _held = one.lock("/file", LockOptions::new()).await.unwrap();
+        two.lock("/file", LockOptions::new().wait(Duration::from_millis(50))).await.unwrap_err()
+    };
+    assert_eq!(error.reason, Reason::LockHeld);
+}
+
+#[tokio::test]
+async fn shared_locks_are_shared_and_keep_writers_away() {
+    let cluster = Cluster::start(3);
+    let client = cluster.client();
+    client.write("/file", "x").await.unwrap();
+    let one = client.lock("/file", LockOptions::new().shared()).await.unwrap();
+    let two = client.lock("/file", LockOptions::new().shared()).await.unwrap();
+    assert!(two.token() > one.token(), "tokens grow");
+    assert_eq!(client.write("/file", "y").await.unwrap_err().reason, Reason::LockHeld);
+    drop((one, two));
+    eventually("dropped locks are given back", || cluster.state.lock().locks.is_empty()).await;
+    client.write("/file", "y").await.unwrap();
+}
+
+#[tokio::test]
+async fn a_wait_given_up_leaves_no_lock_behind() {
+    let cluster = Cluster::start(3);
+    let (one, two) = (cluster.client(), cluster.client());
+    let lock = one.lock("/file", LockOptions::new()).await.unwrap();
+    let waiting = two.lock("/file", LockOptions::new().wait(SOON));
+    assert!(timeout(Duration::from_millis(100), waiting).await.is_err());
+    lock.unlock().await.unwrap();
+    eventually("the late grant is given back", || {
+        cluster.calls("Unlock").len() == 2 && cluster.state.lock().locks.is_empty()
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn the_end_of_a_session_is_seen_at_its_locks_and_a_new_one_is_opened() {
+    let cluster = Cluster::start(3);
+    let client = cluster.builder().session_ttl(Duration::from_secs(1)).build().unwrap();
+    let lock = client.lock("/file", LockOptions::new()).await.unwrap();
+    let mut file = client.open_options().write(true).create(true).open("/other").await.unwrap();
+    file.write_at(0, "never seen").await.unwrap();
+    assert!(!lock.is_lost());
+    {
+        let mut state = cluster.state.lock();
+        let session = *state.sessions.first().unwrap();
+        state.end_session(session);
+    }
+    timeout(SOON, lock.lost()).await.unwrap();
+    assert!(lock.is_lost());
+    let error = client.write_with("/file", "x", WriteOptions::new().token(&lock)).await.unwrap_err();
+    assert_eq!(error.reason, Reason::LockLost);
+    assert_eq!(lock.unlock().await.unwrap_err().reason, Reason::LockLost);
+    assert_eq!(file.close().await.unwrap_err().reason, Reason::LockLost, "a late commit is refused");
+    assert!(!client.exists("/other").await.unwrap());
+    client.write("/file", "with a new session").await.unwrap();
+    assert_eq!(cluster.calls("Open").len(), 2);
+}
+
+#[tokio::test]
+async fn a_lock_that_an_operator_takes_away_is_lost() {
+    let cluster = Cluster::start(3);
+    let (holder, operator) =
+        (cluster.builder().session_ttl(Duration::from_secs(1)).build().unwrap(), cluster.client());
+    let lock = holder.lock("/file", LockOptions::new()).await.unwrap();
+    assert_eq!(operator.unlock_force("/file").await.unwrap(), 1);
+    timeout(SOON, lock.lost()).await.unwrap();
+    assert_eq!(operator.unlock_force("/file").await.unwrap_err().reason, Reason::LockLost);
+}
+
+#[tokio::test]
+async fn without_confirmation_for_a_ttl_locks_count_as_lost() {
+    let cluster = Cluster::start(3);
+    let client = cluster.builder().session_ttl(Duration::from_secs(1)).build().unwrap();
+    let lock = client.lock("/file", LockOptions::new()).await.unwrap();
+    cluster.net.set(DIRECTORY, Mood::Silent);
+    timeout(SOON, lock.lost()).await.unwrap();
+    cluster.net.set(DIRECTORY, Mood::Down);
+    cluster.net.set(DIRECTORY, Mood::Up);
+    // The directory never ended the session: calls go on.
+    client.write("/other", "x").await.unwrap();
+    assert_eq!(cluster.calls("Open").len(), 1);
+}
+
+#[tokio::test]
+async fn sessions_are_kept_by_stream_and_by_single_calls_when_streams_break() {
+    let cluster = Cluster::start(3);
+    let client = cluster.builder().session_ttl(Duration::from_secs(1)).build().unwrap();
+    for _ in 0..1_000 {
+        cluster.fault("KeepAlive", false, Error::new(Reason::NotSupported, "no streams here"));
+    }
+    client.write("/file", "x").await.unwrap();
+    eventually("renewals arrive", || cluster.state.lock().renewals >= 3).await;
+    assert!(cluster.calls("RenewLock").len() >= 3);
+    cluster.faults.lock().clear();
+    let single = cluster.calls("RenewLock").len();
+    eventually("the stream is tried again", || {
+        let calls = cluster.calls("RenewLock").len();
+        cluster.state.lock().renewals >= calls + 2
+    })
+    .await;
+    assert!(cluster.calls("RenewLock").len() <= single + 2);
+}
+
+#[tokio::test]
+async fn renewals_carry_the_oldest_revision_that_a_handle_reads() {
+    let cluster = Cluster::start(3);
+    let client = cluster.builder().session_ttl(Duration::from_secs(1)).build().unwrap();
+    client.write("/file", "x").await.unwrap();
+    let file = client.open("/file").await.unwrap();
+    let revision = cluster.state.lock().revision;
+    client.write("/file", "y").await.unwrap();
+    let later = client.open("/file").await.unwrap();
+    eventually("it is told", || cluster.state.lock().oldest_revision == revision).await;
+    drop(file);
+    eventually("it moves on", || cluster.state.lock().oldest_revision == revision + 1).await;
+    drop(later);
+    eventually("none is left", || cluster.state.lock().oldest_revision == 0).await;
+}
+
+#[tokio::test]
+async fn closing_and_dropping_end_the_session() {
+    let cluster = Cluster::start(3);
+    let client = cluster.client();
+    let lock = client.lock("/file", LockOptions::new()).await.unwrap();
+    client.close().await.unwrap();
+    assert!(lock.is_lost());
+    assert!(cluster.state.lock().sessions.is_empty());
+    assert_eq!(client.create("/x").await.unwrap_err().reason, Reason::InvalidArgument);
+    let other = cluster.client();
+    other.create("/x").await.unwrap();
+    drop(other);
+    eventually("the session is closed", || cluster.state.lock().sessions.is_empty()).await;
+}

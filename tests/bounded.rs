@@ -1,0 +1,135 @@
+//! BOUNDED: beyond every named limit there is a clear error, and nothing was changed.
+
+use cairn_proto::limits;
+use cairn_tests::checks::bounded;
+use client_lib::{LockOptions, Reason, WriteOptions};
+use cluster::Cluster;
+
+async fn cluster() -> Cluster {
+    Cluster::builder().file_servers(1).memory(true).build_and_start().await.unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bounded_names_and_paths() {
+    let cluster = cluster().await;
+    let client = cluster.client().await.unwrap();
+    let longest = format!("/{}", "n".repeat(limits::NAME_BYTES_MAX));
+    client.write(&longest, "x").await.unwrap();
+    assert_eq!(&client.read(&longest).await.unwrap()[..], b"x");
+    let cases = [
+        (format!("/{}", "n".repeat(limits::NAME_BYTES_MAX + 1)), Reason::LimitExceeded),
+        ("/a".repeat(limits::PATH_DEPTH_MAX + 1), Reason::LimitExceeded),
+        (format!("/{}", "x/".repeat(2_100)), Reason::LimitExceeded),
+        ("/a/../b".into(), Reason::InvalidArgument),
+        ("/./b".into(), Reason::InvalidArgument),
+        ("relative".into(), Reason::InvalidArgument),
+        (String::new(), Reason::InvalidArgument),
+        ("/nul\0".into(), Reason::InvalidArgument),
+    ];
+    for (path, reason) in cases {
+        for error in [
+            client.write(&path, "x").await.map(drop).unwrap_err(),
+            client.create(&path).await.map(drop).unwrap_err(),
+            client.mkdir(&path).await.map(drop).unwrap_err(),
+            client.rename(&longest, &path).await.map(drop).unwrap_err(),
+        ] {
+            assert_eq!(error.reason, reason, "{path:.40}: {error}");
+        }
+    }
+    let mut deep = String::new();
+    for _ in 0..limits::PATH_DEPTH_MAX {
+        deep.push_str("/d");
+    }
+    client.mkdir_all(&deep).await.unwrap();
+    assert!(client.delete_recursive("/d").await.unwrap().kept.is_empty());
+    assert!(!client.exists("/d").await.unwrap());
+    cluster.shutdown().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bounded_servers_refuse_what_a_client_does_not_check() {
+    use cairn_tests::reflect::{CallError, GenericClient};
+    use serde_json::json;
+    let cluster = cluster().await;
+    let directory = GenericClient::connect(&cluster.directory_uri()).await.unwrap();
+    let files = GenericClient::connect(&cluster.file_server_uri(0)).await.unwrap();
+    let long = format!("/{}", "n".repeat(256));
+    let calls = [
+        (&directory, "cairn.v1.DirectoryService/Create", json!({"path": long, "kind": "KIND_FILE"})),
+        (&directory, "cairn.v1.DirectoryService/Create", json!({"path": "/a/../b", "kind": "KIND_FILE"})),
+        (&directory, "cairn.v1.DirectoryService/Create", json!({"path": "/a"})),
+        (&directory, "cairn.v1.DirectoryService/Lookup", json!({})),
+        (&directory, "cairn.v1.DirectoryService/Lookup", json!({"path": "/", "inode": 1})),
+        (&directory, "cairn.v1.DirectoryService/List", json!({"path": "/", "page_size": 5000})),
+        (&directory, "cairn.v1.DirectoryService/Lock", json!({"path": "/a"})),
+        (
+            &directory,
+            "cairn.v1.DirectoryService/Lock",
+            json!({"path": "/a", "mode": "LOCK_MODE_SHARED", "ttl_ms": 1}),
+        ),
+        (
+            &directory,
+            "cairn.v1.DirectoryService/Lock",
+            json!({"path": "/a", "mode": "LOCK_MODE_SHARED", "owner": "o".repeat(256)}),
+        ),
+        (&directory, "cairn.v1.DirectoryService/Commit", json!({"path": "/a", "edits": [{"append": {}}]})),
+        (&directory, "cairn.v1.DirectoryService/Commit", json!({"path": "/a", "edits": [{}]})),
+        (&directory, "cairn.v1.SessionService/Open", json!({"ttl_ms": 1})),
+        (&directory, "cairn.v1.SessionService/Grant", json!({"session_id": 1, "count": 1_000_000})),
+        (&files, "cairn.v1.FileService/Read", json!({})),
+        (&files, "cairn.v1.FileService/Write", json!({})),
+        (
+            &files,
+            "cairn.v1.FileService/Write",
+            json!({"chunk": {"grant_id": 0}, "data": "aGk=", "finish": {"length": 2}}),
+        ),
+    ];
+    for (client, method, request) in calls {
+        let short = request.to_string();
+        match client.call(method, request).await {
+            Err(CallError::Status(status)) => {
+                let code = status.code();
+                assert!(
+                    matches!(
+                        code,
+                        tonic::Code::InvalidArgument
+                            | tonic::Code::OutOfRange
+                            | tonic::Code::FailedPrecondition
+                            | tonic::Code::NotFound
+                            | tonic::Code::AlreadyExists
+                    ),
+                    "{method} {short:.80}: {status:?}"
+                );
+                assert!(status.message().len() > 10, "{method}: a message for a person: {status:?}");
+            }
+            Ok(answers) => panic!("{method} {short:.80} was accepted: {answers:?}"),
+            Err(CallError::Local(error)) => panic!("{method}: {error:#}"),
+        }
+    }
+    cluster.shutdown().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bounded_attributes_and_shared_locks() {
+    let cluster = cluster().await;
+    let client = cluster.client().await.unwrap();
+    let options = WriteOptions::new().xattr("user.big", vec![0; limits::XATTR_BYTES_MAX]);
+    assert_eq!(client.write_with("/file", "x", options).await.unwrap_err().reason, Reason::LimitExceeded);
+    assert!(!client.exists("/file").await.unwrap());
+    client.write("/file", "x").await.unwrap();
+    let mut held = Vec::new();
+    for _ in 0..64 {
+        held.push(client.lock("/file", LockOptions::new().shared()).await.unwrap());
+    }
+    assert_eq!(client.write("/file", "y").await.unwrap_err().reason, Reason::LockHeld);
+    for lock in held {
+        lock.unlock().await.unwrap();
+    }
+    client.write("/file", "y").await.unwrap();
+    cluster.shutdown().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bounded_a_sender_is_held_back_while_disks_stall() {
+    assert_eq!(bounded::stalled_disks(Cluster::builder()).await, Ok(()));
+}

@@ -1,0 +1,4 @@
+//! What must hold in the end.
+
+pub mod copies;
+pub mod linear;

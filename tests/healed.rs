@@ -151,6 +151,11 @@ async fn healed_healthy_means_that_every_copy_is_there() {
     assert_eq!(healed::missed_while_away(Cluster::builder(), seed("HEALED_SEED")).await, Ok(()));
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn healed_lost_copies_are_seen_and_made_again() {
+    assert_eq!(healed::lost_copies(Cluster::builder(), seed("HEALED_SEED")).await, Ok(()));
+}
+
 /// Writes that are under way at a time, where many files are written.
 const WRITES_AT_ONCE: usize = 16;
 

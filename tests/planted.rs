@@ -181,7 +181,7 @@ async fn stale_read_served_after_a_commit() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn healthy_reported_while_a_copy_is_missing() {
-    pair(stores::borrowed_inventories, async |builder| healed::missed_while_away(builder, SEED).await).await;
+    pair(stores::borrowed_inventories, async |builder| healed::lost_copies(builder, SEED).await).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

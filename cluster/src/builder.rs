@@ -174,11 +174,12 @@ impl Builder {
     }
 
     /// Puts something between each file server (by index, from 0) and its store of chunks. Called at each start of one.
+    /// What is given later goes around what was given before.
     pub fn chunk_store_wrapper(
         mut self,
         wrap: impl Fn(usize, Arc<dyn ChunkStore>) -> Arc<dyn ChunkStore> + Send + Sync + 'static,
     ) -> Self {
-        self.wrappers.chunk_store = Some(Arc::new(wrap));
+        self.wrappers.set_chunk_store(wrap);
         self
     }
 

@@ -61,6 +61,18 @@ impl Wrappers {
         }
     }
 
+    /// The wrapper goes around what is there already.
+    pub(crate) fn set_chunk_store(
+        &mut self,
+        wrap: impl Fn(usize, Arc<dyn ChunkStore>) -> Arc<dyn ChunkStore> + Send + Sync + 'static,
+    ) {
+        let within = self.chunk_store.take();
+        self.chunk_store = Some(Arc::new(move |index, store| match &within {
+            Some(within) => wrap(index, within(index, store)),
+            None => wrap(index, store),
+        }));
+    }
+
     pub(crate) fn set_store(
         &mut self,
         wrap: impl Fn(Arc<dyn MetaStore>) -> Arc<dyn MetaStore> + Send + Sync + 'static,

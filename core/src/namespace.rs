@@ -8,8 +8,8 @@
 //!
 //! - **NAME-1** every dentry leads to an inode, and every inode but the root is led to by `nlink` dentries;
 //! - **NAME-2** a directory's `parent` is the directory whose dentry leads to it; following parents ends at the root;
-//! - **NAME-3** a removed directory had no entries: creating stamps the parent's children key, removing requires it
-//!   unchanged.
+//! - **NAME-3** a removed directory had no entries, and no name in it was locked: creating and reserving a name stamp
+//!   the parent's children key, removing requires it unchanged.
 
 pub mod create;
 pub mod remove;
@@ -65,6 +65,12 @@ impl Guard<'_> {
 /// Stamps a directory whose entries change: its mtime, and the proof against a concurrent removal.
 pub fn stamp_children(plan: &mut Plan, directory: InodeId, now_ns: u64) {
     plan.put(key::children(directory), Bytes::copy_from_slice(&now_ns.to_le_bytes()));
+}
+
+/// Stamps a directory in which a name is reserved: the proof against a concurrent removal, and its mtime as it was.
+/// `stamp` is the present one, if there is any.
+pub fn stamp_reservation(plan: &mut Plan, directory: InodeId, stamp: Option<Bytes>) {
+    plan.put(key::children(directory), stamp.unwrap_or_default());
 }
 
 /// The time of a directory's last stamp.

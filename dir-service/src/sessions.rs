@@ -164,6 +164,11 @@ impl Sessions {
         self.changed.notify_waiters();
     }
 
+    /// A session that was never written after all is as if it had not been opened.
+    pub fn withdraw(&self, id: SessionId) {
+        self.table.lock().living.remove(&id);
+    }
+
     /// Renews a session; answers its TTL in milliseconds. `oldest` is the oldest revision it still reads at, 0 for
     /// none, `None` when the caller does not tell.
     ///

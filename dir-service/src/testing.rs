@@ -3,14 +3,19 @@
 use crate::{
     config::Config,
     directory::Directory,
-    store::{MemoryStore, MetaStore},
+    store::{Changes, CommitError, KeyRange, MemoryStore, MetaStore, Page},
 };
+use async_trait::async_trait;
+use cairn_core::plan::{Key, Plan, Versioned};
 use cairn_proto::{
+    Error,
     host::Host,
-    id::{Generation, SessionId},
+    id::{Generation, Revision, SessionId},
     v1,
 };
+use parking_lot::Mutex;
 use std::sync::Arc;
+use tokio::sync::oneshot;
 
 /// A directory with a few file servers that nobody can reach.
 pub struct Bench {
@@ -30,6 +35,17 @@ impl Bench {
     /// Over a store that may hold something already.
     pub async fn over(store: MemoryStore) -> Self {
         let shared: Arc<dyn MetaStore> = Arc::new(store.clone());
+        Self::seeing(store, shared).await
+    }
+
+    /// With a gate in front of its store.
+    pub async fn gated() -> (Self, Gate) {
+        let store = MemoryStore::new();
+        let gate = Gate { store: store.clone(), held: Arc::default() };
+        (Self::seeing(store, Arc::new(gate.clone())).await, gate)
+    }
+
+    async fn seeing(store: MemoryStore, shared: Arc<dyn MetaStore>) -> Self {
         let cluster_id = "6f2a5d0c-7a2f-4c7f-9c43-0d8a4f4f8f11".to_owned();
         let directory =
             Directory::open(shared, cluster_id, Generation(1), Config::default(), Host::system(7))
@@ -101,5 +117,71 @@ impl Bench {
             holder_ids: group.seats.iter().map(|seat| seat.server_id).collect(),
             mac: Default::default(),
         }
+    }
+}
+
+/// A store that holds a plan up on its way, so that another one can overtake it. As in the real one, the plan is applied
+/// whether or not somebody still waits for the answer.
+#[derive(Clone, Debug)]
+pub struct Gate {
+    store: MemoryStore,
+    held: Arc<Mutex<Option<(oneshot::Sender<()>, oneshot::Receiver<()>)>>>,
+}
+
+/// A plan that is to be held up.
+#[derive(Debug)]
+pub struct HeldUp {
+    /// Resolves when it has come.
+    pub arrived: oneshot::Receiver<()>,
+    /// Lets it go on, as does dropping this.
+    pub release: oneshot::Sender<()>,
+}
+
+impl Gate {
+    /// Holds the next plan up.
+    pub fn hold_next(&self) -> HeldUp {
+        let (arrive, arrived) = oneshot::channel();
+        let (release, released) = oneshot::channel();
+        *self.held.lock() = Some((arrive, released));
+        HeldUp { arrived, release }
+    }
+}
+
+#[async_trait]
+impl MetaStore for Gate {
+    async fn get(
+        &self,
+        keys: &[Key],
+        at: Option<Revision>,
+    ) -> Result<(Revision, Vec<Option<Versioned>>), Error> {
+        self.store.get(keys, at).await
+    }
+
+    async fn scan(
+        &self,
+        range: KeyRange,
+        limit: usize,
+        at: Option<Revision>,
+    ) -> Result<(Revision, Page), Error> {
+        self.store.scan(range, limit, at).await
+    }
+
+    async fn commit(&self, plan: Plan) -> Result<Revision, CommitError> {
+        let Some((arrive, released)) = self.held.lock().take() else { return self.store.commit(plan).await };
+        let store = self.store.clone();
+        let applying = tokio::spawn(async move {
+            let _ = arrive.send(());
+            let _ = released.await;
+            store.commit(plan).await
+        });
+        applying.await.expect("the store does not panic")
+    }
+
+    async fn watch(&self, prefix: Key, from: Revision) -> Result<Changes, Error> {
+        self.store.watch(prefix, from).await
+    }
+
+    async fn revision(&self) -> Result<Revision, Error> {
+        self.store.revision().await
     }
 }

@@ -114,20 +114,18 @@ pub fn rename(request: &Rename<'_>) -> Result<(Plan, Inode)> {
     let kind = if is_directory { v1::Kind::Directory } else { v1::Kind::File };
     enter(&mut plan, request.to_parent, request.to_name, source.id, kind, request.now_ns);
 
+    // Unchanged, not only there: the caller's condition was checked against this version, and the answer shows it.
+    plan.require(Precondition::Unchanged(key::inode(source.id), Some(source.revision)));
     if moves_directory {
         // Two such renames at once could make a cycle that neither sees: they share one key.
         plan.require(Precondition::Unchanged(key::tree_epoch(), request.tree_epoch));
         plan.put(key::tree_epoch(), Bytes::new());
         inode.parent = request.to_parent.0;
         inode.ctime_ns = next_ctime(&inode, request.now_ns);
-        plan.require(Precondition::Unchanged(key::inode(source.id), Some(source.revision)));
         plan.put(key::inode(source.id), inode.to_bytes());
-    } else {
-        plan.require(Precondition::Exists(key::inode(source.id)));
-        if is_directory {
-            // All paths below lead elsewhere now: who found a file by one of them has to look again.
-            plan.put(key::tree_epoch(), Bytes::new());
-        }
+    } else if is_directory {
+        // All paths below lead elsewhere now: who found a file by one of them has to look again.
+        plan.put(key::tree_epoch(), Bytes::new());
     }
     Ok((plan, inode))
 }

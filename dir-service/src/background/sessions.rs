@@ -69,7 +69,7 @@ async fn end_due(directory: &Directory) -> bool {
     };
     for id in directory.sessions.due() {
         tracing::debug!(session = id.0, "a session ends");
-        note(id, "a session could not be ended", session::end(directory, id).await);
+        note(id, "a session could not be ended", session::expire(directory, id).await);
     }
     for id in directory.sessions.forgettable() {
         note(id, "an ended session could not be forgotten", session::forget(directory, id).await);

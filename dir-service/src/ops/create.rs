@@ -57,7 +57,7 @@ impl Operation for CreateName<'_> {
         }
         let (parent, name) = resolved.name()?;
         let held = Held::of_name(self.directory, view, parent.id, name, self.request.token).await?;
-        let (plan, inode) = create::create(&Create {
+        let (mut plan, inode) = create::create(&Create {
             path: &path,
             parent: inode_read(parent),
             name,
@@ -72,6 +72,7 @@ impl Operation for CreateName<'_> {
             generation: self.directory.generation,
             now_ns: self.directory.host.clock.unix_ns(),
         })?;
+        resolved.require_way(view, &mut plan).await?;
         let response = v1::CreateResponse { attributes: Some(attributes(self.id, &inode)), revision: 0 };
         Ok((plan, response))
     }

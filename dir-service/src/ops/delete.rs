@@ -74,7 +74,7 @@ impl Operation for DeleteName<'_> {
         check_condition(self.request.condition.as_ref(), &path, Some(&found.inode.record))?;
         let (parent, name) = resolved.name()?;
         let held = Held::of_inode(self.directory, view, found.id, self.request.token).await?;
-        let plan = remove(&Remove {
+        let mut plan = remove(&Remove {
             path: &path,
             parent: parent.id,
             name,
@@ -85,6 +85,7 @@ impl Operation for DeleteName<'_> {
             trash_id: self.trash_id,
             now_ns: self.directory.host.clock.unix_ns(),
         })?;
+        resolved.require_way(view, &mut plan).await?;
         Ok((plan, v1::DeleteResponse { removed: self.removed_before + 1, ..Default::default() }))
     }
 }

@@ -4,7 +4,7 @@ use super::{
     grant::{Offer, give},
     list::shown_attributes,
     resolve::{self, Found, resolve},
-    session::{admit_one, end_with_lock, living, note_opened},
+    session::{admit_one, end_with_lock, living, opened_by},
     taken,
     transact::{Operation, transact},
     view::View,
@@ -14,6 +14,7 @@ use async_trait::async_trait;
 use cairn_core::{
     key,
     lock::{Applicant, Place},
+    namespace::stamp_reservation,
     plan::{Key, Plan, Precondition},
     record::{self, Record},
     session,
@@ -51,12 +52,16 @@ pub async fn lock(directory: &Directory, request: v1::LockRequest) -> Result<v1:
             0 => Revision(0),
             _ => Revision(directory.store.revision().await?.0 + 1),
         };
-        let error = match transact(&directory.store, request.request_id.as_ref(), &request, &operation).await
-        {
-            Ok(response) => {
-                note_opened(directory, SessionId(response.session_id)).await?;
-                return Ok(response);
+        let taking = transact(&directory.store, request.request_id.as_ref(), &request, &operation);
+        let taken = match request.session_id {
+            0 => {
+                let session_of = |response: &v1::LockResponse| response.session_id;
+                opened_by(directory, operation.session, operation.ttl_ms, taking, session_of).await
             }
+            _ => taking.await,
+        };
+        let error = match taken {
+            Ok(response) => return Ok(response),
             Err(error) => error,
         };
         let contended = operation.contended.lock().take();
@@ -202,6 +207,7 @@ impl Operation for TakeLock<'_> {
                 Error::new(Reason::LockHeld, format!("{path}: others wait for the lock already")).at(path)
             );
         }
+        spot.stamp(view, &mut plan).await?;
         let grant = match self.grant {
             Some((id, count)) => {
                 let offer = Offer { session: self.session, replication: spot.replication, avoid: &[], count };
@@ -230,6 +236,8 @@ impl Operation for TakeLock<'_> {
 struct Spot {
     place: Place,
     found: Option<Found>,
+    /// The directory of a name where no inode is.
+    reserved_in: Option<InodeId>,
     replication: u32,
     /// What keeps the path leading here.
     way: Vec<Precondition>,
@@ -242,7 +250,13 @@ impl Spot {
                 let found = resolve::existing(view, target).await?;
                 let replication = found.inode.record.replication;
                 let place = Place::of_inode(found.id, read(view, &key::lock(found.id)).await?);
-                return Ok(Self { place, found: Some(found), replication, way: Vec::new() });
+                return Ok(Self {
+                    place,
+                    found: Some(found),
+                    reserved_in: None,
+                    replication,
+                    way: Vec::new(),
+                });
             }
             Target::Path(path) => path,
         };
@@ -256,14 +270,24 @@ impl Spot {
             let epoch = view.get(&key::tree_epoch()).await?.map(|versioned| versioned.revision);
             way.push(Precondition::Unchanged(key::tree_epoch(), epoch));
         }
-        let place = match &resolved.found {
-            Some(found) => Place::of_inode(found.id, read(view, &key::lock(found.id)).await?),
+        let (place, reserved_in) = match &resolved.found {
+            Some(found) => (Place::of_inode(found.id, read(view, &key::lock(found.id)).await?), None),
             None => {
                 let (parent, name) = resolved.name()?;
-                Place::of_name(parent.id, name, read(view, &key::reservation(parent.id, name)).await?)
+                let held = read(view, &key::reservation(parent.id, name)).await?;
+                (Place::of_name(parent.id, name, held), Some(parent.id))
             }
         };
-        Ok(Self { place, found: resolved.found, replication: resolved.replication, way })
+        Ok(Self { place, found: resolved.found, reserved_in, replication: resolved.replication, way })
+    }
+
+    /// Keeps the directory of a reserved name from being removed by a plan that saw no such name in it.
+    async fn stamp(&self, view: &View, plan: &mut Plan) -> Result<()> {
+        if let Some(directory) = self.reserved_in {
+            let stamp = view.get(&key::children(directory)).await?.map(|versioned| versioned.value);
+            stamp_reservation(plan, directory, stamp);
+        }
+        Ok(())
     }
 
     fn require(&self, plan: &mut Plan) {

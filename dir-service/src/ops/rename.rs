@@ -95,7 +95,7 @@ impl Operation for RenameName<'_> {
             (Vec::new(), None)
         };
         let from_revision = from.dentry.as_ref().map(|dentry| dentry.revision).unwrap_or_default();
-        let (plan, inode) = rename::rename(&Rename {
+        let (mut plan, inode) = rename::rename(&Rename {
             from_path: &from_path,
             to_path: &to_path,
             from_parent: from_parent.id,
@@ -112,6 +112,10 @@ impl Operation for RenameName<'_> {
             trash_id: self.trash_id,
             now_ns: self.directory.host.clock.unix_ns(),
         })?;
+        if !plan.mutations.is_empty() {
+            from.require_way(view, &mut plan).await?;
+            to.require_way(view, &mut plan).await?;
+        }
         let response = v1::RenameResponse { attributes: Some(attributes(source.id, &inode)), revision: 0 };
         Ok((plan, response))
     }

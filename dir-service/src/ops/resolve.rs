@@ -3,15 +3,20 @@
 use super::view::{Stored, View};
 use cairn_core::{
     key,
+    plan::{Plan, Precondition},
     record::{Dentry, Inode},
 };
 use cairn_proto::{
     Error, Reason, Result,
     convert::Target,
-    id::{InodeId, ROOT_INODE},
+    id::{InodeId, ROOT_INODE, Revision},
     path::FilePath,
     v1,
 };
+
+/// Entries on a path's way that a plan requires one by one. Behind a longer way stands the tree's epoch, which every
+/// renamed directory changes: exact too, and in the way of others.
+const WAY_ENTRIES_MAX: usize = 24;
 
 /// An inode with its id.
 #[derive(Clone, Debug)]
@@ -42,6 +47,8 @@ pub struct Resolved {
     pub found: Option<Found>,
     /// Replication factor set on the nearest ancestor (or the inode itself) that has one; 0: the cluster's.
     pub replication: u32,
+    /// The entries of the path's other names, in order: the directory that holds one, and when it was written.
+    way: Vec<(InodeId, Revision)>,
 }
 
 impl Resolved {
@@ -54,6 +61,24 @@ impl Resolved {
             (Some(parent), Some(name)) => Ok((parent, name.as_str())),
             _ => Err(Error::invalid("the root directory cannot be made, moved or removed").at("/")),
         }
+    }
+
+    /// Requires that the path's directories still lead to where its last name stands. Without it a change that was
+    /// decided before a directory on the way was renamed would be made to what has another path by then. The last
+    /// name itself is the caller's to require.
+    ///
+    /// # Errors
+    /// As the store.
+    pub async fn require_way(&self, view: &View, plan: &mut Plan) -> Result<()> {
+        if self.way.len() > WAY_ENTRIES_MAX {
+            let epoch = view.get(&key::tree_epoch()).await?.map(|versioned| versioned.revision);
+            plan.require(Precondition::Unchanged(key::tree_epoch(), epoch));
+            return Ok(());
+        }
+        for ((directory, written), name) in self.way.iter().zip(self.path.names()) {
+            plan.require(Precondition::Unchanged(key::dentry(*directory, name.as_str()), Some(*written)));
+        }
+        Ok(())
     }
 
     /// What the path leads to.
@@ -86,13 +111,16 @@ pub async fn resolve(view: &View, path: &FilePath) -> Result<Resolved> {
             dentry: None,
             found: Some(here),
             replication,
+            way: Vec::new(),
         });
     };
     let mut walked = FilePath::root();
+    let mut way = Vec::with_capacity(ancestors.len());
     for name in ancestors {
         require_directory(&here, &walked)?;
         walked = walked.join(name.as_str())?;
-        let (_, found) = step(view, &here, name.as_str()).await?.ok_or_else(|| not_found(&walked))?;
+        let (dentry, found) = step(view, &here, name.as_str()).await?.ok_or_else(|| not_found(&walked))?;
+        way.push((here.id, dentry.revision));
         here = found;
         if here.inode.record.replication != 0 {
             replication = here.inode.record.replication;
@@ -103,7 +131,7 @@ pub async fn resolve(view: &View, path: &FilePath) -> Result<Resolved> {
     if let Some(found) = found.as_ref().filter(|found| found.inode.record.replication != 0) {
         replication = found.inode.record.replication;
     }
-    Ok(Resolved { path: path.clone(), parent: Some(here), dentry, found, replication })
+    Ok(Resolved { path: path.clone(), parent: Some(here), dentry, found, replication, way })
 }
 
 /// What a path's last name leads to in a directory that is known by its id, wherever the path leads now.
@@ -117,7 +145,7 @@ pub async fn resolve_in(view: &View, parent: InodeId, path: &FilePath) -> Result
     let (dentry, found) = step(view, &parent, name.as_str()).await?.unzip();
     let of_found = found.as_ref().map_or(0, |found| found.inode.record.replication);
     let replication = if of_found == 0 { parent.inode.record.replication } else { of_found };
-    Ok(Resolved { path: path.clone(), parent: Some(parent), dentry, found, replication })
+    Ok(Resolved { path: path.clone(), parent: Some(parent), dentry, found, replication, way: Vec::new() })
 }
 
 /// What a path or inode id leads to.

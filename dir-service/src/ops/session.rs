@@ -56,14 +56,10 @@ pub async fn open(directory: &Directory, request: v1::OpenRequest) -> Result<v1:
     let owner = convert::owner(&request.owner)?.to_owned();
     directory.sessions.admit()?;
     directory.cluster.pace().await;
-    let operation = OpenSession {
-        directory,
-        id: SessionId(directory.ids.next().await?),
-        session: Session { ttl_ms, owner, ..Session::default() },
-    };
-    let response = transact(&directory.store, request.request_id.as_ref(), &request, &operation).await?;
-    note_opened(directory, SessionId(response.session_id)).await?;
-    Ok(response)
+    let id = SessionId(directory.ids.next().await?);
+    let operation = OpenSession { directory, id, session: Session { ttl_ms, owner, ..Session::default() } };
+    let opening = transact(&directory.store, request.request_id.as_ref(), &request, &operation);
+    opened_by(directory, id, ttl_ms, opening, |response| response.session_id).await
 }
 
 #[async_trait]
@@ -83,12 +79,48 @@ impl Operation for OpenSession<'_> {
     }
 }
 
+/// Carries out what opens session `id`, whose life begins before its record is written: when the caller goes away in the
+/// midst of it, the record may still be written, and then ends with its TTL like any other.
+///
+/// `session_of` tells the session of an answer, which is another one when the answer is a repeated one.
+///
+/// # Errors
+/// As the work, and as the store.
+pub(super) async fn opened_by<R>(
+    directory: &Directory,
+    id: SessionId,
+    ttl_ms: u64,
+    work: impl Future<Output = Result<R>>,
+    session_of: impl Fn(&R) -> u64,
+) -> Result<R> {
+    directory.sessions.opened(id, ttl_ms);
+    match work.await {
+        Ok(response) => {
+            let opened = SessionId(session_of(&response));
+            if opened != id {
+                directory.sessions.withdraw(id);
+            }
+            note_opened(directory, opened).await?;
+            Ok(response)
+        }
+        Err(error) => {
+            // Where it cannot be known whether a record was or will be written, the TTL decides.
+            let view = View::new(directory.store.clone());
+            if error.reason != Reason::OutcomeUnknown && matches!(view.get(&key::session(id)).await, Ok(None))
+            {
+                directory.sessions.withdraw(id);
+            }
+            Err(error)
+        }
+    }
+}
+
 /// Begins the life of a session whose record was written; one that has ended since (the answer was a repeated one)
 /// stays ended.
 ///
 /// # Errors
 /// As the store.
-pub(super) async fn note_opened(directory: &Directory, id: SessionId) -> Result<()> {
+async fn note_opened(directory: &Directory, id: SessionId) -> Result<()> {
     if directory.sessions.check(id).is_ok() {
         return Ok(());
     }
@@ -195,6 +227,16 @@ pub async fn end(directory: &Directory, id: SessionId) -> Result<()> {
     Ok(())
 }
 
+/// Ends a session whose time is over. One that was never written (see [`opened_by`]) is written as ended: behind that, the
+/// plan that was to open it comes too late.
+///
+/// # Errors
+/// As the store.
+pub async fn expire(directory: &Directory, id: SessionId) -> Result<()> {
+    steps(directory, |view| bar_step(view, id)).await?;
+    end(directory, id).await
+}
+
 /// Removes what is left of a session that has ended and whose answers are no longer kept.
 ///
 /// # Errors
@@ -223,6 +265,15 @@ where
         }
     }
     Ok(())
+}
+
+async fn bar_step(view: View, id: SessionId) -> Result<Option<Plan>> {
+    if view.get(&key::session(id)).await?.is_some() {
+        return Ok(None);
+    }
+    let mut plan = Plan::new();
+    session::open(&mut plan, id, &Session { ended: true, ..Session::default() });
+    Ok(Some(plan))
 }
 
 async fn mark_step(view: View, id: SessionId) -> Result<Option<Plan>> {

@@ -79,6 +79,7 @@ impl Operation for SetAttributes<'_> {
                 Some(dentry.revision),
             ));
         }
+        resolved.require_way(view, &mut plan).await?;
         held.place().require(&mut plan);
         plan.put(inode_key, inode.to_bytes());
         let response =

@@ -3,6 +3,7 @@
 mod arguments;
 mod commits;
 mod locks;
+mod overtaken;
 mod sessions;
 
 use crate::{background, directory::Directory, testing::Bench};

@@ -2,12 +2,13 @@
 //!
 //! A tree is removed in post-order, a bounded number of entries a call, in plans of a few entries each. Every plan is
 //! valid alone, so a tree half removed is an ordinary smaller tree, whoever stopped. Locked files stay with all their
-//! ancestors and are reported; the page token leads the next call past them.
+//! ancestors and are reported; the page token leads the next call past them. Every plan of a call requires that the call
+//! was not answered yet and that its session lives: one that comes again, or late, removes nothing that was made since.
 
 use super::{
     held::{Held, children, inode_read},
     resolve::{Found, not_found, resolve},
-    transact::{Operation, earlier, transact},
+    transact::{Begun, Operation, begin, finish, transact},
     view::{Stored, View},
 };
 use crate::{directory::Directory, store::CommitError};
@@ -17,15 +18,16 @@ use cairn_core::{
     key,
     lock::Place,
     namespace::remove::{Children, Remove, remove},
-    plan::{Mutation, Plan},
+    plan::{Mutation, Plan, Precondition},
     record::{Dentry, Inode, Lock, Record},
 };
 use cairn_proto::{
     Error, Reason, Result,
-    id::{FencingToken, InodeId},
+    id::{FencingToken, InodeId, Revision},
     path::FilePath,
     v1,
 };
+use prost::Message;
 use std::collections::VecDeque;
 
 /// Entries that one call of a recursive delete works on.
@@ -34,6 +36,8 @@ const STEP_ENTRIES_MAX: usize = 1_024;
 const PLAN_ENTRIES_MAX: usize = 24;
 /// Locked files that one answer reports.
 const KEPT_MAX: usize = 256;
+/// Bytes of them at which it reports no more: the answer is kept in a plan.
+const KEPT_BYTES_MAX: usize = 256 * 1024;
 
 struct DeleteName<'a> {
     directory: &'a Directory,
@@ -96,16 +100,35 @@ async fn delete_tree(
     request: &v1::DeleteRequest,
     path: FilePath,
 ) -> Result<v1::DeleteResponse> {
-    // A repeated last call finds nothing any more; its answer is there.
-    if let Some(response) = earlier(&directory.store, request.request_id.as_ref(), request).await? {
+    let (store, request_id) = (&directory.store, request.request_id.as_ref());
+    let open = match begin(store, request_id, request).await? {
+        Begun::Answered(response) => return Ok(response),
+        Begun::Open(open) => open,
+    };
+    let removed = remove_tree(directory, request, path, open).await;
+    if removed.as_ref().is_err_and(|error| error.reason == Reason::Conflict)
+        && let Begun::Answered(response) = begin(store, request_id, request).await?
+    {
+        // The same call by another connection was faster.
         return Ok(response);
     }
+    removed
+}
+
+async fn remove_tree(
+    directory: &Directory,
+    request: &v1::DeleteRequest,
+    path: FilePath,
+    open: Vec<Precondition>,
+) -> Result<v1::DeleteResponse> {
+    let (store, request_id) = (&directory.store, request.request_id.as_ref());
     let view = View::new(directory.store.clone());
     let resolved = resolve(&view, &path).await?;
     let top = resolved.existing()?.clone();
     check_condition(request.condition.as_ref(), &path.to_string(), Some(&top.inode.record))?;
     let mut walk = Walk {
         directory,
+        open,
         token: request.token.map(FencingToken::from),
         budget: STEP_ENTRIES_MAX,
         removed: 0,
@@ -116,28 +139,25 @@ async fn delete_tree(
         let resume: Vec<&str> = request.page_token.split('/').filter(|name| !name.is_empty()).collect();
         let done = walk.empty(&top, &path, &resume).await?;
         if !done {
-            return Ok(v1::DeleteResponse {
-                revision: directory.store.revision().await?.0,
+            let response = v1::DeleteResponse {
+                revision: 0,
                 removed: walk.removed,
                 more: true,
                 next_page_token: walk.cursor.join("/"),
                 kept: walk.kept,
-            });
+            };
+            return finish(store, request_id, request, response).await;
         }
     }
     walk.keep_reserved(&top, &path).await?;
     if !walk.kept.is_empty() || path.is_root() {
-        return Ok(v1::DeleteResponse {
-            revision: directory.store.revision().await?.0,
-            removed: walk.removed,
-            kept: walk.kept,
-            ..Default::default()
-        });
+        let response = v1::DeleteResponse { removed: walk.removed, kept: walk.kept, ..Default::default() };
+        return finish(store, request_id, request, response).await;
     }
     let trash_id = directory.ids.next().await?;
     let shown = path.to_string();
     let operation = DeleteName { directory, request, path, trash_id, removed_before: walk.removed };
-    transact(&directory.store, request.request_id.as_ref(), request, &operation).await.map_err(|mut error| {
+    transact(store, request_id, request, &operation).await.map_err(|mut error| {
         if error.reason == Reason::NotEmpty {
             // Told by the call before, or made since: only the caller knows which.
             error.detail.message =
@@ -150,6 +170,8 @@ async fn delete_tree(
 /// A walk in post-order.
 struct Walk<'a> {
     directory: &'a Directory,
+    /// What every plan requires: that the call was not answered yet.
+    open: Vec<Precondition>,
     token: Option<FencingToken>,
     budget: usize,
     removed: u64,
@@ -233,7 +255,7 @@ impl Walk<'_> {
                 }
                 continue;
             };
-            if self.budget == 0 || self.kept.len() >= KEPT_MAX {
+            if self.budget == 0 || !self.has_room() {
                 let names = way.iter().filter_map(|level| Some(level.entry.as_ref()?.name.clone()));
                 self.cursor = names.chain([child.name]).collect();
                 for level in way.into_iter().rev() {
@@ -304,7 +326,7 @@ impl Walk<'_> {
         if count == 0 {
             return Ok(());
         }
-        match self.directory.store.commit(together).await {
+        match self.commit(together).await {
             Ok(_) => {
                 self.removed += count;
                 return Ok(());
@@ -333,7 +355,7 @@ impl Walk<'_> {
                 Ok(plan) => plan,
                 Err(error) => return self.keep(error, path, &child).await,
             };
-            match self.directory.store.commit(plan).await {
+            match self.commit(plan).await {
                 Ok(_) => {
                     self.removed += 1;
                     return Ok(());
@@ -343,6 +365,19 @@ impl Walk<'_> {
             }
         }
         Err(Error::new(Reason::Conflict, format!("{path}/{}: changed all the time: try again", child.name)))
+    }
+
+    async fn commit(&self, mut plan: Plan) -> Result<Revision, CommitError> {
+        for precondition in &self.open {
+            plan.require(precondition.clone());
+        }
+        self.directory.store.commit(plan).await
+    }
+
+    /// Whether the answer has room for more locked files.
+    fn has_room(&self) -> bool {
+        let bytes: usize = self.kept.iter().map(Message::encoded_len).sum();
+        self.kept.len() < KEPT_MAX && bytes < KEPT_BYTES_MAX
     }
 
     async fn removal(&self, view: &View, top: &Found, path: &FilePath, child: &Child) -> Result<Plan> {
@@ -401,6 +436,9 @@ impl Walk<'_> {
             let held = (Lock::from_bytes(&versioned.value)?, versioned.revision);
             let expires = |session| self.directory.sessions.expires_in_ms(session);
             let infos = Place::of_key(entry, Some(held)).map_or(Vec::new(), |place| place.infos(&expires));
+            if !self.kept.is_empty() && !self.has_room() {
+                break;
+            }
             self.kept.extend(infos.into_iter().map(|lock| v1::LockInfo {
                 path: path.clone(),
                 // The token proves the lock: it is not shown to those who are declined.

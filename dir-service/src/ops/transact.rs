@@ -17,13 +17,16 @@
 //! before every other check: a repeated delete answers "removed", not "not found". A session's answers share
 //! [`limits::ANSWERS_PER_SESSION`] slots by sequence; a slot that holds a later sequence means that it can no longer be
 //! known what became of the request: `OUTCOME_UNKNOWN`, and nothing is applied.
+//!
+//! A request that takes several plans ([`begin`]) has each of them require that it was not answered yet, and ends with one
+//! that writes its answer ([`finish`], or an operation): what comes late, or twice, then changes nothing more.
 
 use super::view::{Stored, View};
 use crate::store::{CommitError, MetaStore};
 use async_trait::async_trait;
 use cairn_core::{
     key,
-    plan::{Key, Plan, Versioned},
+    plan::{Key, Plan, Precondition, Versioned},
     record::{Answer, Record, Session},
 };
 use cairn_proto::{
@@ -43,11 +46,17 @@ pub trait Operation: Send + Sync {
     /// What it answers.
     type Response: Response;
 
-    /// Decides on what the view shows: a plan and the answer if the plan is applied. An empty plan is not committed.
+    /// Decides on what the view shows: a plan and the answer if the plan is applied. An empty plan is not committed,
+    /// and its answer not kept, unless [`Operation::is_kept`] says so.
     ///
     /// # Errors
     /// Whatever stands in the way; nothing is changed then.
     async fn decide(&self, view: &View) -> Result<(Plan, Self::Response)>;
+
+    /// Whether the answer is kept although the plan is empty.
+    fn is_kept(&self) -> bool {
+        false
+    }
 }
 
 /// An answer that tells the revision of its plan, which is known only after the commit.
@@ -134,7 +143,7 @@ pub async fn transact<O: Operation>(
         }
         let session = session_of(&view, request_key).await?;
         let (mut plan, mut response) = operation.decide(&view).await?;
-        if plan.mutations.is_empty() {
+        if plan.mutations.is_empty() && (request_key == RequestKey::None || !operation.is_kept()) {
             response.set_revision(view.revision().unwrap_or_default());
             return Ok(response);
         }
@@ -148,7 +157,7 @@ pub async fn transact<O: Operation>(
             plan.put(key, answer.to_bytes());
         }
         if let Some((key, session)) = session {
-            plan.require(cairn_core::plan::Precondition::Unchanged(key, Some(session.revision)));
+            plan.require(Precondition::Unchanged(key, Some(session.revision)));
         }
         match store.commit(plan).await {
             Ok(revision) => {
@@ -171,20 +180,68 @@ pub async fn transact<O: Operation>(
     }))
 }
 
-/// The answer to a request that was applied before, if it was.
+/// How a request that takes several plans stands.
+#[derive(Debug)]
+pub enum Begun<R> {
+    /// It was answered before.
+    Answered(R),
+    /// It was not, for as long as these hold: each of its plans is to require them.
+    Open(Vec<Precondition>),
+}
+
+/// Begins, or goes on with, a request that takes several plans.
 ///
 /// # Errors
 /// As [`transact`].
-pub async fn earlier<R: Response>(
+pub async fn begin<R: Response>(
     store: &Arc<dyn MetaStore>,
     request_id: Option<&v1::RequestId>,
     request: &impl Message,
-) -> Result<Option<R>> {
+) -> Result<Begun<R>> {
     let view = View::new(store.clone());
+    let request_key = RequestKey::parse(request_id)?;
     let hash = cairn_proto::checksum::crc64(&request.encode_to_vec());
-    match answered(&view, RequestKey::parse(request_id)?, hash).await? {
-        Earlier::Response(response) => Ok(Some(response)),
-        Earlier::Slot(_) => Ok(None),
+    let slot = match answered(&view, request_key, hash).await? {
+        Earlier::Response(response) => return Ok(Begun::Answered(response)),
+        Earlier::Slot(slot) => slot,
+    };
+    let mut open = Vec::new();
+    if let Some((key, session)) = session_of(&view, request_key).await? {
+        open.push(Precondition::Unchanged(key, Some(session.revision)));
+    }
+    if let Some(key) = request_key.key() {
+        open.push(Precondition::Unchanged(key, slot.map(|slot| slot.revision)));
+    }
+    Ok(Begun::Open(open))
+}
+
+/// Ends a request that took several plans with its answer, or with the one that it was given meanwhile.
+///
+/// # Errors
+/// As [`transact`].
+pub async fn finish<R: Response + 'static>(
+    store: &Arc<dyn MetaStore>,
+    request_id: Option<&v1::RequestId>,
+    request: &impl Message,
+    response: R,
+) -> Result<R> {
+    transact(store, request_id, request, &Finish(response)).await
+}
+
+struct Finish<R>(R);
+
+#[async_trait]
+impl<R: Response> Operation for Finish<R> {
+    type Response = R;
+
+    async fn decide(&self, view: &View) -> Result<(Plan, R)> {
+        // Without an id there is nothing to keep, and the answer shows the revision that it was given at.
+        view.get_many(&[]).await?;
+        Ok((Plan::new(), self.0.clone()))
+    }
+
+    fn is_kept(&self) -> bool {
+        true
     }
 }
 

@@ -205,6 +205,86 @@ async fn a_declined_lock_leaves_no_session() {
     assert_eq!(bench.directory.sessions.count(), 1);
 }
 
+fn delete_all(path: &str, request_id: Option<v1::RequestId>) -> v1::DeleteRequest {
+    v1::DeleteRequest { path: path.into(), recursive: true, request_id, ..Default::default() }
+}
+
+/// A folder with a file that stays because it is locked, and one that goes.
+async fn folder(bench: &Bench, session: u64) {
+    mkdir(bench, "/d").await;
+    create(bench, "/d/gone").await;
+    create(bench, "/d/kept").await;
+    lock(bench, exclusive("/d/kept", session)).await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn retry_a_recursive_delete_that_comes_again_removes_nothing_that_was_made_since() {
+    let uuid = v1::RequestId { uuid: uuid::Uuid::from_u128(7).to_string(), ..Default::default() };
+    for with_session in [true, false] {
+        let bench = Bench::start().await;
+        let session = bench.session().await;
+        folder(&bench, session).await;
+        let id = if with_session { in_session(session, 7) } else { Some(uuid.clone()) };
+        let request = delete_all("/d", id);
+        let first = ops::delete::delete(&bench.directory, request.clone()).await.unwrap();
+        assert_eq!((first.removed, first.kept.len()), (1, 1));
+        create(&bench, "/d/new").await;
+        let again = ops::delete::delete(&bench.directory, request).await.unwrap();
+        assert_eq!(again, first);
+        assert!(inode(&bench, "/d/new").await.is_some());
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn retry_each_step_of_a_recursive_delete_gives_its_first_answer() {
+    let bench = Bench::start().await;
+    let session = bench.session().await;
+    mkdir(&bench, "/d").await;
+    for number in 0..1_100 {
+        create(&bench, &format!("/d/{number:04}")).await;
+        bench.renew(session);
+    }
+    let first =
+        ops::delete::delete(&bench.directory, delete_all("/d", in_session(session, 1))).await.unwrap();
+    assert!(first.more && first.removed == 1_024, "{first:?}");
+    let again =
+        ops::delete::delete(&bench.directory, delete_all("/d", in_session(session, 1))).await.unwrap();
+    assert_eq!(again, first);
+    assert!(inode(&bench, "/d/1099").await.is_some(), "the step was not made twice");
+}
+
+#[tokio::test(start_paused = true)]
+async fn retry_two_of_the_same_recursive_delete_at_once_are_one() {
+    let (bench, gate) = Bench::gated().await;
+    let session = bench.session().await;
+    folder(&bench, session).await;
+    let request = delete_all("/d", in_session(session, 7));
+    let (directory, late) = (bench.directory.clone(), request.clone());
+    let mut first = None;
+    let slow = async move { ops::delete::delete(&directory, late).await };
+    let answer = overtaken(gate.hold_next(), slow, async {
+        first = Some(ops::delete::delete(&bench.directory, request).await.unwrap());
+        create(&bench, "/d/gone").await;
+    })
+    .await
+    .unwrap();
+    assert_eq!(Some(answer), first);
+    assert!(inode(&bench, "/d/gone").await.is_some());
+}
+
+#[tokio::test(start_paused = true)]
+async fn retry_a_recursive_delete_of_a_session_that_has_ended_removes_nothing() {
+    let bench = Bench::start().await;
+    let (ended, session) = (bench.session().await, bench.session().await);
+    folder(&bench, session).await;
+    let request = v1::CloseRequest { session_id: ended };
+    ops::session::close(&bench.directory, request).await.unwrap();
+    let request = delete_all("/d", in_session(ended, 1));
+    let error = ops::delete::delete(&bench.directory, request).await.unwrap_err();
+    assert_eq!(error.reason, Reason::SessionExpired);
+    assert!(inode(&bench, "/d/gone").await.is_some());
+}
+
 fn sessions() -> KeyRange {
     KeyRange::prefix(cairn_core::key::sessions())
 }

@@ -265,11 +265,13 @@ async fn retry_two_of_the_same_recursive_delete_at_once_are_one() {
     let answer = overtaken(gate.hold_next(), slow, async {
         first = Some(ops::delete::delete(&bench.directory, request).await.unwrap());
         create(&bench, "/d/gone").await;
+        // Behind where the slow one stands.
+        create(&bench, "/d/later").await;
     })
     .await
     .unwrap();
     assert_eq!(Some(answer), first);
-    assert!(inode(&bench, "/d/gone").await.is_some());
+    assert!(inode(&bench, "/d/gone").await.is_some() && inode(&bench, "/d/later").await.is_some());
 }
 
 #[tokio::test(start_paused = true)]

@@ -9,7 +9,9 @@
 //! - **NAME-1** every dentry leads to an inode, and every inode but the root is led to by `nlink` dentries;
 //! - **NAME-2** a directory's `parent` is the directory whose dentry leads to it; following parents ends at the root;
 //! - **NAME-3** a removed directory had no entries, and no name in it was locked: creating and reserving a name stamp
-//!   the parent's children key, removing requires it unchanged.
+//!   the parent's children key, removing requires it unchanged;
+//! - **NAME-4** a change by a path requires the entries of the path's directories as they were (or the tree's epoch,
+//!   which every renamed directory changes): none follows a directory that was renamed meanwhile.
 
 pub mod create;
 pub mod remove;

@@ -96,6 +96,10 @@ pub const SUSPECT_MS: u64 = 3_000;
 pub const DEAD_MS: u64 = 30_000;
 /// Time between a drop and its collection.
 pub const GRACE_MS: u64 = 30_000;
+/// Longest between two renewals of a session by `client-lib`, whatever its life. A renewal carries the oldest revision
+/// that the session reads at; several may be lost, and those of streams time out into single calls, before [`GRACE_MS`]
+/// has passed.
+pub const RENEWAL_INTERVAL_MS_MAX: u64 = GRACE_MS / 6;
 /// Longest that a reader may hold dropped chunks back.
 pub const READER_HOLD_MS_MAX: u64 = 3_600_000;
 /// Longest that an acknowledged change may stay unshipped before commits slow down.

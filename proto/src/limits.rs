@@ -32,6 +32,9 @@ pub const FILE_BYTES_MAX: u64 = i64::MAX as u64;
 pub const PAGE_ENTRIES_MAX: usize = 4_096;
 /// The same when the caller does not say.
 pub const PAGE_ENTRIES_DEFAULT: usize = 1_024;
+/// Bytes of entries in a page of `List`: where the next one would be more, the page ends before it, whatever number was
+/// asked for. Every entry fits by itself.
+pub const PAGE_BYTES_MAX: usize = MESSAGE_BYTES_MAX / 2;
 /// Extents in a page of `Lookup`.
 pub const PAGE_EXTENTS_MAX: usize = 1_024;
 /// Chunks in one order or question between servers.

@@ -79,6 +79,11 @@ pub const REQUEST_BYTES_MAX: usize = 128 * 1024 * 1024;
 /// Bytes of chunks on their way to readers, of all connections to a file server, until they are in the kernel's hands. A
 /// read that finds no room is answered OVERLOADED.
 pub const READ_BYTES_MAX: usize = 256 * 1024 * 1024;
+/// Entries of a directory that can be watched.
+pub const WATCHED_ENTRIES_MAX: usize = 1_000_000;
+/// Bytes of names that a directory service holds for all watches together. Watches that find no room are answered
+/// OVERLOADED.
+pub const WATCHED_BYTES_MAX: usize = 256 * 1024 * 1024;
 /// Longest wait for a lock in one call.
 pub const LOCK_WAIT_MS_MAX: u64 = 60_000;
 

@@ -4,6 +4,7 @@ use cairn_proto::limits;
 use cairn_tests::checks::bounded;
 use client_lib::{LockOptions, Reason, WriteOptions};
 use cluster::Cluster;
+use futures::StreamExt as _;
 
 async fn cluster() -> Cluster {
     Cluster::builder().file_servers(1).memory(true).build_and_start().await.unwrap()
@@ -126,6 +127,46 @@ async fn bounded_attributes_and_shared_locks() {
         lock.unlock().await.unwrap();
     }
     client.write("/file", "y").await.unwrap();
+    cluster.shutdown().await.unwrap();
+}
+
+/// A directory whose attributes are more than fits a message, with the number of entries that is asked for unasked.
+#[tokio::test(flavor = "multi_thread")]
+async fn bounded_pages_of_large_attributes_can_be_listed() {
+    use cairn_tests::reflect::GenericClient;
+    use serde_json::json;
+    const FILES: usize = 100;
+    let cluster = cluster().await;
+    let client = cluster.client().await.unwrap();
+    let mut names = Vec::new();
+    for number in 0..FILES {
+        let name = format!("{number:03}");
+        let options = WriteOptions::new().xattr("user.big", vec![7; limits::XATTR_BYTES_MAX - 1_024]);
+        client.write_with(&format!("/{name}"), "x", options).await.unwrap();
+        names.push(name);
+    }
+    let listed: Vec<client_lib::v1::Entry> =
+        client.list("/").map(|entry| entry.expect("a page that fits a message")).collect().await;
+    assert!(
+        listed.iter().all(|entry| entry.attributes.as_ref().is_some_and(|shown| shown.xattrs.len() == 1))
+    );
+    assert_eq!(listed.into_iter().map(|entry| entry.name).collect::<Vec<_>>(), names);
+
+    let directory = GenericClient::connect(&cluster.directory_uri()).await.unwrap();
+    let (mut token, mut listed, mut pages) = (String::new(), Vec::new(), 0);
+    loop {
+        let request = json!({"path": "/", "page_size": 4096, "with_attributes": true, "page_token": token});
+        let page = directory.unary("cairn.v1.DirectoryService/List", request).await.unwrap();
+        let entries = page["entries"].as_array().unwrap();
+        listed.extend(entries.iter().map(|entry| entry["name"].as_str().unwrap().to_owned()));
+        pages += 1;
+        token = page["next_page_token"].as_str().unwrap_or_default().to_owned();
+        if token.is_empty() {
+            break;
+        }
+    }
+    assert_eq!(listed, names);
+    assert_eq!(pages, (FILES * limits::XATTR_BYTES_MAX).div_ceil(limits::PAGE_BYTES_MAX));
     cluster.shutdown().await.unwrap();
 }
 

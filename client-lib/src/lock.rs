@@ -343,6 +343,8 @@ impl Lock {
                     session_id: session.id.0,
                     token: Some(token.into()),
                     path: path.clone(),
+                    // Told by the session's own renewals alone: two calls may arrive in the other order.
+                    oldest_revision: None,
                 };
                 let asked = core.directory.call(message, |channel, request| async move {
                     directory::names(channel).renew_lock(request).await

@@ -29,6 +29,8 @@ use tonic::Request;
 /// Requests may be this far ahead of the oldest unanswered one. Below [`limits::ANSWERS_PER_SESSION`], so that the
 /// directory still knows the answer to any request that may be repeated.
 const WINDOW: u64 = limits::ANSWERS_PER_SESSION - 24;
+/// Longest between two renewals.
+const RENEWAL_INTERVAL_MAX: Duration = Duration::from_millis(limits::RENEWAL_INTERVAL_MS_MAX);
 
 /// One open session.
 #[derive(Debug)]
@@ -155,18 +157,68 @@ impl Drop for Ticket {
     }
 }
 
-/// The revisions at which open handles read.
+/// The revisions at which open handles read, and which of them the directory was told.
+///
+/// It keeps what is dropped after the oldest one it was told, and anything else for the grace time only. So a reader at
+/// an older one than that, or the first, is told at once; one that is covered already, and one that goes, wait for the
+/// next renewal. Handles that are opened and closed in quick succession cost no renewal each.
 #[derive(Debug, Default)]
-pub(crate) struct Readers(Mutex<BTreeMap<u64, usize>>);
+pub(crate) struct Readers {
+    marks: Mutex<Marks>,
+    /// Rings when [`Marks::are_told`] may have turned false.
+    untold: Notify,
+}
+
+#[derive(Debug, Default)]
+struct Marks {
+    /// Handles at each revision.
+    open: BTreeMap<u64, usize>,
+    /// The mark sent last; 0 for none.
+    told: u64,
+}
+
+impl Marks {
+    fn oldest(&self) -> u64 {
+        // A handle on a file that is yet to be made reads at no revision, and must not hide the others.
+        self.open.range(1..).next().map_or(0, |(revision, _)| *revision)
+    }
+
+    /// Whether what was told covers every reader.
+    fn are_told(&self) -> bool {
+        let oldest = self.oldest();
+        oldest == 0 || (self.told != 0 && self.told <= oldest)
+    }
+}
 
 impl Readers {
-    pub fn oldest(&self) -> u64 {
-        // A handle on a file that is yet to be made reads at no revision, and must not hide the others.
-        self.0.lock().range(1..).next().map_or(0, |(revision, _)| *revision)
+    /// The oldest revision that is read, 0 for none, for a renewal that is sent now. When that is lost, another has to
+    /// be sent: it counts as told.
+    pub fn tell(&self) -> u64 {
+        let mut marks = self.marks.lock();
+        marks.told = marks.oldest();
+        marks.told
+    }
+
+    /// Waits until there is a reader that is not covered by what was told.
+    pub async fn untold(&self) {
+        loop {
+            // Asked for before the look, so that a reader that comes in between rings it.
+            let rung = self.untold.notified();
+            if !self.marks.lock().are_told() {
+                return;
+            }
+            rung.await;
+        }
     }
 
     pub fn open(self: &Arc<Self>, revision: u64) -> Reader {
-        *self.0.lock().entry(revision).or_default() += 1;
+        let mut marks = self.marks.lock();
+        *marks.open.entry(revision).or_default() += 1;
+        let are_told = marks.are_told();
+        drop(marks);
+        if !are_told {
+            self.untold.notify_waiters();
+        }
         Reader { readers: self.clone(), revision }
     }
 }
@@ -180,11 +232,11 @@ pub(crate) struct Reader {
 
 impl Drop for Reader {
     fn drop(&mut self) {
-        let mut map = self.readers.0.lock();
-        if let Some(count) = map.get_mut(&self.revision) {
+        let open = &mut self.readers.marks.lock().open;
+        if let Some(count) = open.get_mut(&self.revision) {
             *count -= 1;
             if *count == 0 {
-                map.remove(&self.revision);
+                open.remove(&self.revision);
             }
         }
     }
@@ -431,7 +483,7 @@ impl Drop for Sessions {
 
 /// Renews a session until it has ended.
 async fn keep(session: &Session, directory: &Directory, readers: &Readers) {
-    let interval = session.ttl / 3;
+    let interval = (session.ttl / 3).min(RENEWAL_INTERVAL_MAX);
     loop {
         let error = keep_by_stream(session, directory, readers, interval).await;
         if is_over(&error) {
@@ -439,14 +491,22 @@ async fn keep(session: &Session, directory: &Directory, readers: &Readers) {
         }
         tracing::debug!(session = session.id.0, %error, "the keep-alive stream broke");
         // A stream may break where single calls go through.
-        match renew(session, directory, interval).await {
+        match renew(session, directory, readers, interval).await {
             Err(error) if is_over(&error) => return session.end(),
             Err(error) => {
                 tracing::debug!(session = session.id.0, %error, "the session could not be renewed");
                 tokio::time::sleep((interval / 10).min(Duration::from_millis(500))).await;
             }
-            Ok(()) => tokio::time::sleep(interval / 2).await,
+            Ok(()) => pause_until(Instant::now() + interval / 2, readers).await,
         }
+    }
+}
+
+/// Waits for the time of the next renewal: then, or as soon as the directory does not know of a reader.
+async fn pause_until(then: Instant, readers: &Readers) {
+    tokio::select! {
+        () = tokio::time::sleep_until(then) => {}
+        () = readers.untold() => {}
     }
 }
 
@@ -454,10 +514,20 @@ fn is_over(error: &Error) -> bool {
     matches!(error.reason, Reason::SessionExpired | Reason::NotFound)
 }
 
-async fn renew(session: &Session, directory: &Directory, patience: Duration) -> Result<()> {
+/// Renews by a single call.
+async fn renew(
+    session: &Session,
+    directory: &Directory,
+    readers: &Readers,
+    patience: Duration,
+) -> Result<()> {
     let (index, channel) = directory.channel()?;
     let sent_at = Instant::now();
-    let message = v1::RenewLockRequest { session_id: session.id.0, ..Default::default() };
+    let message = v1::RenewLockRequest {
+        session_id: session.id.0,
+        oldest_revision: Some(readers.tell()),
+        ..Default::default()
+    };
     let mut client = directory::names(channel);
     match tokio::time::timeout(patience, client.renew_lock(message)).await {
         Ok(Ok(_)) => {
@@ -490,7 +560,7 @@ async fn keep_by_stream(
         Err(error) => return error,
     };
     let (sender, receiver) = mpsc::channel(2);
-    let renewal = || v1::KeepAliveRequest { session_id: session.id.0, oldest_revision: readers.oldest() };
+    let renewal = || v1::KeepAliveRequest { session_id: session.id.0, oldest_revision: readers.tell() };
     let mut sent_at = Instant::now();
     let silent = || Error::new(Reason::DeadlineExceeded, "the directory did not answer a keep-alive");
     if sender.try_send(renewal()).is_err() {
@@ -510,8 +580,9 @@ async fn keep_by_stream(
             Ok(Err(status)) => return restore(status, directory.address(index)),
             Err(_) => return silent(),
         }
-        // Half-way answers do not bring the next renewal forward.
-        tokio::time::sleep_until(sent_at + interval).await;
+        // Half-way answers do not bring the next renewal forward. However many readers came meanwhile, there is one
+        // renewal under way at a time.
+        pause_until(sent_at + interval, readers).await;
         sent_at = Instant::now();
         if sender.try_send(renewal()).is_err() {
             return silent();
@@ -591,19 +662,65 @@ mod tests {
         doubting.abort();
     }
 
-    #[tokio::test]
-    async fn the_oldest_open_reader_counts() {
+    #[test]
+    fn the_oldest_open_reader_counts() {
         let readers = Arc::new(Readers::default());
-        assert_eq!(readers.oldest(), 0);
+        assert_eq!(readers.tell(), 0);
         let new_file = readers.open(0);
-        assert_eq!(readers.oldest(), 0);
+        assert_eq!(readers.tell(), 0);
         let (late, early, again) = (readers.open(9), readers.open(4), readers.open(4));
-        assert_eq!(readers.oldest(), 4);
+        assert_eq!(readers.tell(), 4);
         drop(early);
-        assert_eq!(readers.oldest(), 4);
+        assert_eq!(readers.tell(), 4);
         drop(again);
-        assert_eq!(readers.oldest(), 9);
+        assert_eq!(readers.tell(), 9);
         drop((late, new_file));
-        assert_eq!(readers.oldest(), 0);
+        assert_eq!(readers.tell(), 0);
+    }
+
+    #[test]
+    fn a_reader_is_told_at_once_when_nothing_told_covers_it() {
+        let readers = Arc::new(Readers::default());
+        let are_told = || readers.marks.lock().are_told();
+        let new_file = readers.open(0);
+        assert!(are_told(), "a file that is yet to be made is read at no revision");
+        let first = readers.open(9);
+        assert!(!are_told());
+        assert_eq!(readers.tell(), 9);
+        let (same, later) = (readers.open(9), readers.open(12));
+        assert!(are_told());
+        let older = readers.open(4);
+        assert!(!are_told());
+        assert_eq!(readers.tell(), 4);
+        drop((first, same, later, older));
+        let next = readers.open(13);
+        assert!(are_told(), "the mark that was told last is older");
+        drop(next);
+        assert_eq!(readers.tell(), 0);
+        let next = readers.open(14);
+        assert!(!are_told(), "the directory was told of none");
+        drop((next, new_file));
+        assert!(are_told());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_pause_ends_early_for_a_reader_that_is_not_covered() {
+        let readers = Arc::new(Readers::default());
+        let begun = Instant::now();
+        let hour = Duration::from_secs(3_600);
+        let opening = async {
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            readers.open(7)
+        };
+        let ((), open) = tokio::join!(pause_until(begun + hour, &readers), opening);
+        assert_eq!(begun.elapsed(), Duration::from_secs(1));
+        assert_eq!(readers.tell(), 7);
+        let covered = async {
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            readers.open(8)
+        };
+        let ((), _covered) = tokio::join!(pause_until(begun + hour, &readers), covered);
+        assert_eq!(begun.elapsed(), hour);
+        drop(open);
     }
 }

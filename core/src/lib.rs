@@ -9,6 +9,7 @@ pub mod commit;
 pub mod compaction;
 pub mod key;
 pub mod layout;
+pub mod listing;
 pub mod lock;
 pub mod namespace;
 pub mod plan;

@@ -5,7 +5,7 @@ use crate::{
     config::Config,
     fragments::Fragments,
     ids::Ids,
-    ops::view::View,
+    ops::{view::View, watch::WatchRoom},
     sessions::Sessions,
     store::{CommitError, JournaledStore, KeyRange, MetaStore},
 };
@@ -44,6 +44,8 @@ pub struct Directory {
     pub journal: std::sync::OnceLock<Arc<JournaledStore>>,
     /// Backups that may begin now.
     pub(crate) backups: Arc<tokio::sync::Semaphore>,
+    /// What the names of watched directories may take.
+    pub(crate) watch_room: WatchRoom,
 }
 
 /// Ids passed over after a rebuild: more than the lost end of a journal can have given away.
@@ -91,6 +93,7 @@ impl Directory {
             host,
             journal,
             backups,
+            watch_room: WatchRoom::default(),
         })
     }
 

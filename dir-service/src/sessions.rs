@@ -70,6 +70,18 @@ enum Reads {
     At(Revision),
 }
 
+impl Reads {
+    /// After a renewal. One that does not tell changes nothing: another call of the same client may have told, and a
+    /// client that was not heard of since the start may still read what it told before.
+    fn renewed(self, oldest: Option<Revision>) -> Self {
+        match oldest {
+            None => self,
+            Some(Revision(0)) => Self::Nothing,
+            Some(revision) => Self::At(revision),
+        }
+    }
+}
+
 #[derive(Clone, Copy, Debug)]
 struct Ending {
     ttl: Duration,
@@ -170,7 +182,7 @@ impl Sessions {
     }
 
     /// Renews a session; answers its TTL in milliseconds. `oldest` is the oldest revision it still reads at, 0 for
-    /// none, `None` when the caller does not tell.
+    /// none, `None` when the caller does not tell: then what was told last holds.
     ///
     /// # Errors
     /// `SESSION_EXPIRED`.
@@ -180,11 +192,7 @@ impl Sessions {
         let living =
             table.living.get_mut(&id).filter(|living| now < living.deadline).ok_or_else(|| expired(id))?;
         living.deadline = now + living.ttl;
-        match (oldest, living.reads) {
-            (Some(Revision(0)), _) | (None, Reads::Unknown) => living.reads = Reads::Nothing,
-            (Some(revision), _) => living.reads = Reads::At(revision),
-            (None, _) => {}
-        }
+        living.reads = living.reads.renewed(oldest);
         Ok(living.ttl.as_millis() as u64)
     }
 
@@ -408,6 +416,16 @@ mod tests {
         assert_eq!(sessions.oldest_read(), Some(Revision(50)));
         sessions.begin_end(ID);
         assert_eq!(sessions.oldest_read(), None);
+    }
+
+    #[test]
+    fn a_renewal_that_does_not_tell_leaves_what_is_read() {
+        let at = |revision| Reads::At(Revision(revision));
+        for reads in [Reads::Unknown, Reads::Nothing, at(7)] {
+            assert_eq!(reads.renewed(None), reads);
+            assert_eq!(reads.renewed(Some(Revision(0))), Reads::Nothing);
+            assert_eq!(reads.renewed(Some(Revision(9))), at(9));
+        }
     }
 
     #[tokio::test(start_paused = true)]

@@ -32,6 +32,9 @@ pub const FILE_BYTES_MAX: u64 = i64::MAX as u64;
 pub const PAGE_ENTRIES_MAX: usize = 4_096;
 /// The same when the caller does not say.
 pub const PAGE_ENTRIES_DEFAULT: usize = 1_024;
+/// Bytes of entries in a page of `List`: where the next one would be more, the page ends before it, whatever number was
+/// asked for. Every entry fits by itself.
+pub const PAGE_BYTES_MAX: usize = MESSAGE_BYTES_MAX / 2;
 /// Extents in a page of `Lookup`.
 pub const PAGE_EXTENTS_MAX: usize = 1_024;
 /// Chunks in one order or question between servers.
@@ -76,6 +79,11 @@ pub const REQUEST_BYTES_MAX: usize = 128 * 1024 * 1024;
 /// Bytes of chunks on their way to readers, of all connections to a file server, until they are in the kernel's hands. A
 /// read that finds no room is answered OVERLOADED.
 pub const READ_BYTES_MAX: usize = 256 * 1024 * 1024;
+/// Entries of a directory that can be watched.
+pub const WATCHED_ENTRIES_MAX: usize = 1_000_000;
+/// Bytes of names that a directory service holds for all watches together. Watches that find no room are answered
+/// OVERLOADED.
+pub const WATCHED_BYTES_MAX: usize = 256 * 1024 * 1024;
 /// Longest wait for a lock in one call.
 pub const LOCK_WAIT_MS_MAX: u64 = 60_000;
 
@@ -96,6 +104,10 @@ pub const SUSPECT_MS: u64 = 3_000;
 pub const DEAD_MS: u64 = 30_000;
 /// Time between a drop and its collection.
 pub const GRACE_MS: u64 = 30_000;
+/// Longest between two renewals of a session by `client-lib`, whatever its life. A renewal carries the oldest revision
+/// that the session reads at; several may be lost, and those of streams time out into single calls, before [`GRACE_MS`]
+/// has passed.
+pub const RENEWAL_INTERVAL_MS_MAX: u64 = GRACE_MS / 6;
 /// Longest that a reader may hold dropped chunks back.
 pub const READER_HOLD_MS_MAX: u64 = 3_600_000;
 /// Longest that an acknowledged change may stay unshipped before commits slow down.

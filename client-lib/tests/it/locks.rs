@@ -164,6 +164,48 @@ async fn renewals_carry_the_oldest_revision_that_a_handle_reads() {
     eventually("none is left", || cluster.state.lock().oldest_revision == 0).await;
 }
 
+/// Longer than any test runs: no renewal of its own accord brings a mark in time.
+const LONG: Duration = Duration::from_secs(600);
+
+#[tokio::test]
+async fn a_reader_is_told_at_once_and_many_of_them_together() {
+    let cluster = Cluster::start(3);
+    let client = cluster.builder().session_ttl(LONG).build().unwrap();
+    client.write("/file", "x").await.unwrap();
+    let begun = std::time::Instant::now();
+    eventually("the session is kept", || cluster.state.lock().renewals == 1).await;
+    let file = client.open("/file").await.unwrap();
+    let revision = cluster.state.lock().revision;
+    eventually("it is told", || cluster.state.lock().oldest_revision == revision).await;
+    let mut others = Vec::new();
+    for _ in 0..200 {
+        others.push(client.open("/file").await.unwrap());
+        drop(client.open("/file").await.unwrap());
+    }
+    let renewals = cluster.state.lock().renewals;
+    // And one each few seconds, however long the session lives.
+    let regular = begun.elapsed().as_millis() / u128::from(cairn_proto::limits::RENEWAL_INTERVAL_MS_MAX);
+    assert!(renewals as u128 <= 3 + 2 * regular, "{renewals} renewals for 401 handles");
+    drop((file, others));
+    eventually("none is left", || cluster.state.lock().oldest_revision == 0).await;
+}
+
+#[tokio::test]
+async fn a_reader_is_told_by_single_calls_when_streams_break() {
+    let cluster = Cluster::start(3);
+    let client = cluster.builder().session_ttl(LONG).build().unwrap();
+    for _ in 0..1_000 {
+        cluster.fault("KeepAlive", false, Error::new(Reason::NotSupported, "no streams here"));
+    }
+    client.write("/file", "x").await.unwrap();
+    eventually("a single call renews", || cluster.calls("RenewLock").len() == 1).await;
+    let file = client.open("/file").await.unwrap();
+    let revision = cluster.state.lock().revision;
+    eventually("it is told", || cluster.state.lock().oldest_revision == revision).await;
+    drop(file);
+    eventually("none is left", || cluster.state.lock().oldest_revision == 0).await;
+}
+
 #[tokio::test]
 async fn closing_and_dropping_end_the_session() {
     let cluster = Cluster::start(3);

@@ -8,6 +8,7 @@ use crate::directory::Directory;
 use cairn_core::{
     attributes::attributes,
     key,
+    listing::PageFill,
     namespace::stamped_at,
     plan::Key,
     record::{Dentry, Inode, Record},
@@ -20,6 +21,12 @@ use cairn_proto::{
     path::FileName,
     v1,
 };
+use prost::Message as _;
+
+/// What an entry takes in the answer besides itself: its tag and length.
+const ENTRY_BYTES: usize = 8;
+/// Inodes loaded at a time: with the largest extended attributes they are about as much as a page may hold.
+const INODES_PART: usize = 32;
 
 /// Lists a page. The token is the directory and the last name: a page never depends on what was listed before, so a
 /// listing goes on across restarts, and shows a name that is there all the time exactly once.
@@ -47,25 +54,37 @@ pub async fn list(directory: &Directory, request: v1::ListRequest) -> Result<v1:
     };
     let page = view.scan(&key::dentries(found.id), after.as_ref(), limit).await?;
     let mut entries = Vec::with_capacity(page.entries.len());
-    for (entry_key, versioned) in &page.entries {
-        let (_, name) = key::split_name(entry_key)
-            .ok_or_else(|| Error::internal("a directory entry has a damaged key"))?;
-        let dentry = Dentry::from_bytes(&versioned.value)?;
-        entries.push(v1::Entry {
-            name: name.to_owned(),
-            inode: dentry.inode,
-            kind: dentry.kind,
-            attributes: None,
-        });
+    let mut fill = PageFill::default();
+    // In parts: what is loaded beyond the end of the page was loaded for nothing, and attributes may be large.
+    'page: for part in page.entries.chunks(INODES_PART) {
+        let mut part = part
+            .iter()
+            .map(|(key, versioned)| entry(key, &versioned.value))
+            .collect::<Result<Vec<v1::Entry>>>()?;
+        if request.with_attributes {
+            add_attributes(&view, &mut part).await?;
+        }
+        for entry in part {
+            if !fill.takes(ENTRY_BYTES + entry.encoded_len()) {
+                break 'page;
+            }
+            entries.push(entry);
+        }
     }
-    if request.with_attributes {
-        add_attributes(&view, &mut entries).await?;
-    }
+    let more = page.more || entries.len() < page.entries.len();
     let next_page_token = match entries.last() {
-        Some(last) if page.more => page_token(found.id, &last.name),
+        Some(last) if more => page_token(found.id, &last.name),
         _ => String::new(),
     };
     Ok(v1::ListResponse { entries, next_page_token, revision: view.revision().unwrap_or_default().0 })
+}
+
+/// An entry without attributes.
+fn entry(key: &Key, dentry: &[u8]) -> Result<v1::Entry> {
+    let (_, name) =
+        key::split_name(key).ok_or_else(|| Error::internal("a directory entry has a damaged key"))?;
+    let dentry = Dentry::from_bytes(dentry)?;
+    Ok(v1::Entry { name: name.to_owned(), inode: dentry.inode, kind: dentry.kind, attributes: None })
 }
 
 /// No name has a slash in it, so that no name is a token.
@@ -113,5 +132,67 @@ pub fn shown(target: &Target) -> String {
     match target {
         Target::Path(path) => path.to_string(),
         Target::Inode(id) => format!("inode {id}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::Bench;
+    use cairn_proto::limits::{PAGE_BYTES_MAX, XATTR_BYTES_MAX};
+
+    async fn create(bench: &Bench, path: &str, xattr_bytes: usize) {
+        let xattrs = match xattr_bytes {
+            0 => Vec::new(),
+            count => vec![v1::ExtendedAttribute { name: "user.x".into(), value: vec![7; count].into() }],
+        };
+        let kind = v1::Kind::File as i32;
+        let request = v1::CreateRequest { path: path.into(), kind, xattrs, ..Default::default() };
+        crate::ops::create::create(&bench.directory, request).await.unwrap();
+    }
+
+    /// All pages of the root directory.
+    async fn pages(bench: &Bench, with_attributes: bool) -> Vec<v1::ListResponse> {
+        let mut pages: Vec<v1::ListResponse> = Vec::new();
+        loop {
+            let page_token = pages.last().map(|page| page.next_page_token.clone()).unwrap_or_default();
+            let request = v1::ListRequest {
+                path: "/".into(),
+                page_size: PAGE_ENTRIES_MAX as u32,
+                page_token,
+                with_attributes,
+                ..Default::default()
+            };
+            pages.push(list(&bench.directory, request).await.unwrap());
+            if pages.last().is_some_and(|page| page.next_page_token.is_empty()) {
+                return pages;
+            }
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn pages_of_large_attributes_are_short_and_leave_nothing_out() {
+        let bench = Bench::start().await;
+        let names: Vec<String> = (0..100).map(|number| format!("{number:03}")).collect();
+        for (number, name) in names.iter().enumerate() {
+            // Large ones behind small ones, within a part and beyond it.
+            let bytes = if number % 7 < 3 { 0 } else { XATTR_BYTES_MAX - 1_024 };
+            create(&bench, &format!("/{name}"), bytes).await;
+        }
+        let pages_with = pages(&bench, true).await;
+        assert!(pages_with.len() > 1);
+        for (number, page) in pages_with.iter().enumerate() {
+            assert!(page.encoded_len() <= PAGE_BYTES_MAX + 1_024, "page {number}: {}", page.encoded_len());
+            let next =
+                pages_with.get(number + 1).map_or(0, |next| next.entries[0].encoded_len() + ENTRY_BYTES);
+            assert!(next == 0 || page.encoded_len() + next > PAGE_BYTES_MAX, "page {number} has room");
+            assert!(page.entries.iter().all(|entry| entry.attributes.is_some()));
+        }
+        let listed = |pages: &[v1::ListResponse]| -> Vec<String> {
+            pages.iter().flat_map(|page| &page.entries).map(|entry| entry.name.clone()).collect()
+        };
+        assert_eq!(listed(&pages_with), names);
+        let without = pages(&bench, false).await;
+        assert_eq!((without.len(), listed(&without)), (1, names), "names alone fit one page");
     }
 }

@@ -325,7 +325,7 @@ pub async fn renew_lock(
             return Err(lock_lost(&request.path, token));
         }
     }
-    let ttl_ms = directory.sessions.renew(session, None)?;
+    let ttl_ms = directory.sessions.renew(session, request.oldest_revision.map(Revision))?;
     Ok(v1::RenewLockResponse { ttl_ms })
 }
 

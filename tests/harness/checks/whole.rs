@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 /// Bytes of a chunk.
 pub const CHUNK: u64 = 64 * 1024;
 
-/// Renewed each third of this, with the oldest revision that is read.
-const SESSION_TTL: Duration = Duration::from_secs(3);
+/// Life of the reader's session: so long that no renewal of its own accord brings what it reads within the grace time.
+const SESSION_TTL: Duration = Duration::from_secs(600);
 /// Longer than it takes until the directory knows of a reader.
 const GRACE_MS: u64 = 2_000;
 
@@ -24,7 +24,8 @@ pub fn content(version: u8) -> Vec<u8> {
 }
 
 /// A handle reads the version that it opened for as long as it is open, whatever becomes of the file: every copy of
-/// every chunk stays, although collection goes on around it. When the handle is closed, they go.
+/// every chunk stays, although collection goes on around it, and however long the session lives between renewals. When
+/// the handle is closed, they go.
 ///
 /// # Errors
 /// When something was collected under the reader, or other bytes were read.

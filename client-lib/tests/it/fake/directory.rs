@@ -437,6 +437,9 @@ impl DirectoryService for DirectoryFace {
         if request.token.is_some() {
             state.check_lock(&request.path, request.token)?;
         }
+        if let Some(oldest) = request.oldest_revision {
+            state.oldest_revision = oldest;
+        }
         Ok(Response::new(v1::RenewLockResponse { ttl_ms: 10_000 }))
     }
 

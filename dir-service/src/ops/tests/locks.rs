@@ -202,7 +202,12 @@ async fn a_unary_client_holds_a_lock_by_renewing_it() {
     create(&bench, "/f").await;
     let held = lock(&bench, v1::LockRequest { ttl_ms: 2_000, ..exclusive("/f", 0) }).await.unwrap();
     assert_eq!(held.ttl_ms, 2_000);
-    let renewal = v1::RenewLockRequest { session_id: held.session_id, token: held.token, path: "/f".into() };
+    let renewal = v1::RenewLockRequest {
+        session_id: held.session_id,
+        token: held.token,
+        path: "/f".into(),
+        ..Default::default()
+    };
     for _ in 0..5 {
         tokio::time::sleep(Duration::from_millis(1_500)).await;
         assert_eq!(renew_lock(&bench.directory, renewal.clone()).await.unwrap().ttl_ms, 2_000);
@@ -261,7 +266,12 @@ async fn retry_a_repeated_lock_or_unlock_is_the_first_one() {
     let released = unlock(&bench.directory, request.clone()).await.unwrap();
     let next = lock(&bench, exclusive("/f", 0)).await.unwrap();
     assert_eq!(unlock(&bench.directory, request).await.unwrap(), released);
-    let renewal = v1::RenewLockRequest { session_id: next.session_id, token: next.token, path: "/f".into() };
+    let renewal = v1::RenewLockRequest {
+        session_id: next.session_id,
+        token: next.token,
+        path: "/f".into(),
+        ..Default::default()
+    };
     renew_lock(&bench.directory, renewal).await.unwrap();
 }
 
@@ -288,7 +298,12 @@ async fn a_lock_is_renewed_and_given_back_by_its_path_after_a_rename_above_it() 
         // Somebody else's directory by the old name must not be mistaken for it.
         mkdir(&bench, "/p").await;
         let other = create(&bench, path).await;
-        let renew = v1::RenewLockRequest { session_id: session, token: held.token, path: path.into() };
+        let renew = v1::RenewLockRequest {
+            session_id: session,
+            token: held.token,
+            path: path.into(),
+            ..Default::default()
+        };
         renew_lock(&bench.directory, renew.clone()).await.unwrap();
         // With the session's number, and without.
         let request_id = (path == "/p/f").then(|| in_session(session, 1)).flatten();

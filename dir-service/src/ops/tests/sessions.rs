@@ -76,10 +76,22 @@ async fn after_a_start_every_session_has_a_full_ttl() {
     assert_eq!(lock(&bench, exclusive("/f", 0)).await.unwrap_err().reason, Reason::LockHeld);
     let made = v1::CommitRequest { path: "/f".into(), token: held.token, unlock: true, ..Default::default() };
     commit(&bench, made).await.unwrap();
-    assert_eq!(bench.directory.sessions.oldest_read().map(|revision| revision.0), Some(0));
+    let oldest_read = || bench.directory.sessions.oldest_read().map(|revision| revision.0);
+    assert_eq!(oldest_read(), Some(0));
+    let renew_lock = async |oldest_revision| {
+        let renewal = v1::RenewLockRequest { session_id: session, oldest_revision, ..Default::default() };
+        crate::ops::lock::renew_lock(&bench.directory, renewal).await.unwrap();
+    };
+    renew_lock(None).await;
+    assert_eq!(oldest_read(), Some(0), "it said nothing of what it reads");
     let renewal = v1::KeepAliveRequest { session_id: session, oldest_revision: 7 };
     session::keep_alive(&bench.directory, renewal).await.unwrap();
-    assert_eq!(bench.directory.sessions.oldest_read().map(|revision| revision.0), Some(7));
+    assert_eq!(oldest_read(), Some(7));
+    for (told, holds) in [(None, Some(7)), (Some(5), Some(5)), (None, Some(5)), (Some(0), None), (None, None)]
+    {
+        renew_lock(told).await;
+        assert_eq!(oldest_read(), holds, "told {told:?}");
+    }
 }
 
 #[tokio::test(start_paused = true)]

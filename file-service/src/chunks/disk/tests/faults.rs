@@ -310,3 +310,28 @@ async fn concurrent_seals_share_syncs() {
     assert_eq!(large.syncs - small.syncs, 64, "a sync of its own for each file");
     assert!(large.dir_syncs - small.dir_syncs <= 8, "{} syncs of names", large.dir_syncs - small.dir_syncs);
 }
+
+#[tokio::test(start_paused = true)]
+async fn bounded_one_failed_sync_does_not_end_the_giving_back_of_room() {
+    let disk = SimDisk::new(7, 64 << 20);
+    let (store, _) = open(&disk).await;
+    let chunks: Vec<ChunkId> = (0..30).map(|index| ChunkId::new(1, index)).collect();
+    for chunk in &chunks {
+        put(&store, *chunk, &pattern(1, 60_000)).await.unwrap();
+    }
+    store.remove(&chunks).await.unwrap();
+    let segments = store.shared.log.segments();
+    let first = segments[0].number;
+    assert!(segments.len() > 5);
+    let state = shared::SnapshotState::default();
+    disk.fail_syncs(1);
+    store.shared.drop_empty(&state).await.unwrap_err();
+    let left: Vec<u32> = store.shared.log.segments().iter().map(|segment| segment.number).collect();
+    assert_eq!(left, [first, segments[segments.len() - 1].number], "the others are gone");
+    while store.maintain().await.unwrap() {}
+    assert_eq!(store.shared.log.segments().len(), 1);
+    // Nothing is left to do, so nothing is written.
+    let writes = disk.counters().writes;
+    store.maintain().await.unwrap();
+    assert_eq!(disk.counters().writes, writes);
+}

@@ -281,7 +281,8 @@ impl Log {
     }
 
     /// Removes all segments before the one that holds `position`; the one being filled stays. Durable, oldest
-    /// first, so that a crash in between leaves no gap. Returns how many.
+    /// first, so that a crash in between leaves no gap; an error ends it for the same reason, and the next call
+    /// goes on from there. Returns how many.
     pub async fn remove_segments_before(&self, position: Position) -> io::Result<usize> {
         let active = self.shared.table.lock().active;
         let old = |segment: &SegmentInfo| segment.number < position.segment && Some(segment.number) != active;
@@ -294,7 +295,8 @@ impl Log {
     }
 
     /// Removes one segment, durably; [`io::ErrorKind::ResourceBusy`] for the one being filled. Removing from
-    /// the middle needs [`LogConfig::allow_gaps`], or the next open reports the gap as damage.
+    /// the middle needs [`LogConfig::allow_gaps`], or the next open reports the gap as damage. After another
+    /// error it stays in the list of segments, to be removed again.
     pub async fn remove_segment(&self, number: u32) -> io::Result<()> {
         let _housekeeping = self.shared.housekeeping.lock().await;
         let segment = {

@@ -12,7 +12,7 @@ use disk::Disk;
 use futures::{Stream, StreamExt as _};
 use parking_lot::Mutex;
 use std::{
-    collections::{BTreeMap, btree_map::Entry},
+    collections::BTreeMap,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -26,21 +26,23 @@ use copy::{Copy, Install, LogReader, compacted, drop_others, remove_dir};
 
 const DIR: &str = "journal";
 
-/// All copies on this disk.
-#[derive(Debug)]
+/// All copies on this disk. Clones are the same copies.
+#[derive(Clone, Debug)]
 pub struct Journals {
     disk: Arc<dyn Disk>,
-    state: tokio::sync::Mutex<State>,
+    state: Arc<tokio::sync::Mutex<State>>,
     /// Held by the one checkpoint that is arriving.
-    installing: tokio::sync::Mutex<()>,
+    installing: Arc<tokio::sync::Mutex<()>>,
     /// What [`Journals::copies`] answers, so that it never waits for a disk.
-    shown: Mutex<Vec<v1::JournalCopy>>,
+    shown: Arc<Mutex<Vec<v1::JournalCopy>>>,
 }
 
 #[derive(Debug, Default)]
 struct State {
     /// By generation. All of one cluster.
     copies: BTreeMap<Generation, Slot>,
+    /// Nothing is changed on the disk any more.
+    is_closed: bool,
 }
 
 #[derive(Debug)]
@@ -82,12 +84,8 @@ impl Journals {
                 }
             }
         }
-        let journals = Self {
-            disk,
-            state: tokio::sync::Mutex::default(),
-            installing: tokio::sync::Mutex::default(),
-            shown: Mutex::default(),
-        };
+        let journals =
+            Self { disk, state: Arc::default(), installing: Arc::default(), shown: Arc::default() };
         {
             let mut state = journals.state.lock().await;
             state.copies = copies;
@@ -116,15 +114,21 @@ impl Journals {
         let generation = Generation(request.generation);
         let previous = Revision(request.previous_revision);
         let appended = {
-            let mut state = self.state.lock().await;
+            let mut state = self.state.clone().lock_owned().await;
+            check_open(&state)?;
             refuse_older(&state, generation)?;
-            if let Entry::Vacant(vacant) = state.copies.entry(generation) {
+            let is_new = !state.copies.contains_key(&generation);
+            if is_new {
                 if previous != Revision(0) {
                     return Err(compacted(Revision(0)));
                 }
                 let (disk, cluster_id) = (self.disk.clone(), request.cluster_id.clone());
-                let copy = Copy::begin(disk, dir_of(generation), cluster_id, generation).await?;
-                vacant.insert(Slot::Open(copy));
+                state = whole(async move {
+                    let copy = Copy::begin(disk, dir_of(generation), cluster_id, generation).await?;
+                    state.copies.insert(generation, Slot::Open(copy));
+                    Ok(state)
+                })
+                .await?;
             }
             match state.copies.get_mut(&generation) {
                 Some(Slot::Open(copy)) if copy.is_of(&request.cluster_id) => {
@@ -147,29 +151,38 @@ impl Journals {
             state.copies.insert(generation, Slot::Bad(cluster_id));
         }
         self.show(&state);
-        durable
+        let durable = durable?;
+        // A checkpoint may have replaced the copy meanwhile: what counts is what a start would find now.
+        let copy = state.copies.get(&generation).and_then(Slot::open);
+        if copy.is_some_and(|copy| copy.durable() >= durable) {
+            return Ok(durable);
+        }
+        refuse_older(&state, generation)?;
+        Err(compacted(copy.map_or(Revision(0), Copy::durable)))
     }
 
     /// Receives a checkpoint and makes it, and what is held behind it, the copy of its generation. `first` is the
     /// first message, `rest` are those behind it. The caller has checked cluster and generation.
     ///
     /// # Errors
-    /// `INVALID_ARGUMENT` when entries are missing; `STALE_EPOCH`, `NO_SPACE`, `IO`. Nothing changes then.
+    /// `INVALID_ARGUMENT` when entries are missing; `STALE_EPOCH`, `NO_SPACE`, `IO`. Either nothing changes then, or the
+    /// copy is not offered and takes nothing before another checkpoint arrived. A caller who goes away after the last
+    /// message does not stop it.
     pub async fn install(
         &self,
         first: v1::InstallCheckpointRequest,
         mut rest: impl Stream<Item = Result<v1::InstallCheckpointRequest, Status>> + Unpin,
     ) -> Result<Revision> {
         let (generation, revision) = (Generation(first.generation), Revision(first.revision));
-        let Ok(_installing) = self.installing.try_lock() else {
+        let Ok(installing) = self.installing.clone().try_lock_owned() else {
             return Err(Error::new(Reason::Overloaded, "another checkpoint is arriving").retry_after_ms(500));
         };
         {
             let state = self.state.lock().await;
+            check_open(&state)?;
             refuse_older(&state, generation)?;
-            let copy = state.copies.get(&generation).and_then(Slot::open);
-            if let Some(copy) = copy.filter(|copy| copy.is_installed && copy.checkpoint >= revision) {
-                return Ok(copy.durable());
+            if let Some(durable) = covered(&state, generation, revision) {
+                return Ok(durable);
             }
         }
         let head = Head {
@@ -179,7 +192,12 @@ impl Journals {
             carrier_ids: first.carrier_ids.clone(),
             ..Head::default()
         };
-        let mut install = Install::begin(self.disk.clone(), dir_of(generation), head).await?;
+        let disk = self.disk.clone();
+        let begun = whole(async move {
+            let install = Install::begin(disk, dir_of(generation), head).await?;
+            Ok((installing, install))
+        });
+        let (installing, mut install) = begun.await?;
         let received = async {
             let mut message = Some(first);
             while let Some(part) = message.take() {
@@ -195,35 +213,59 @@ impl Journals {
         let count = match received {
             Ok(count) => count,
             Err(error) => {
-                install.abandon().await;
+                return whole(async move {
+                    let _installing = installing;
+                    install.abandon().await;
+                    Err(error)
+                })
+                .await;
+            }
+        };
+        let journals = self.clone();
+        let done = whole(async move {
+            let _installing = installing;
+            journals.complete(install, count).await
+        });
+        let done = done.await;
+        if done.is_err() {
+            // It may have ended anywhere.
+            self.show(&*self.state.lock().await);
+        }
+        done
+    }
+
+    async fn complete(&self, install: Install, count: u64) -> Result<Revision> {
+        let (generation, revision) = install.place();
+        // From here on nobody appends: what was appended so far is carried over.
+        let mut state = self.state.lock().await;
+        check_open(&state)?;
+        refuse_older(&state, generation)?;
+        if let Some(durable) = covered(&state, generation, revision) {
+            install.abandon().await;
+            return Ok(durable);
+        }
+        let ready = install.prepare(count, state.copies.get(&generation).and_then(Slot::open)).await?;
+        // Which of the two copies a start would find is not known until the name is durable: neither is appended to.
+        let old = state.copies.insert(generation, Slot::Bad(ready.cluster_id().to_owned()));
+        let named = ready.name().await;
+        let copy = match named {
+            Ok(copy) => copy,
+            Err(error) => {
+                tracing::error!(generation = generation.0, revision = revision.0, %error,
+                    "a journal checkpoint may or may not be installed: another is needed");
+                self.show(&state);
+                close_all(Vec::from_iter(old)).await;
                 return Err(error);
             }
         };
-        self.complete(install, count, generation, revision).await
-    }
-
-    async fn complete(
-        &self,
-        install: Install,
-        count: u64,
-        generation: Generation,
-        revision: Revision,
-    ) -> Result<Revision> {
-        // From here on nobody appends: what was appended so far is carried over.
-        let mut state = self.state.lock().await;
-        refuse_older(&state, generation)?;
-        let copy = install.finish(count, state.copies.get(&generation).and_then(Slot::open)).await?;
         let durable = copy.durable();
-        let old = state.copies.insert(generation, Slot::Open(copy));
+        state.copies.insert(generation, Slot::Open(copy));
         let older: Vec<Generation> = state.copies.range(..generation).map(|(older, _)| *older).collect();
-        let closing = older.iter().filter_map(|older| state.copies.remove(older)).chain(old);
-        for slot in closing {
-            if let Some(copy) = slot.open()
-                && let Err(error) = copy.close().await
-            {
-                tracing::debug!(%error, "a replaced journal copy did not close cleanly");
-            }
+        let mut replaced = Vec::from_iter(old);
+        for generation in &older {
+            replaced.extend(state.copies.remove(generation));
         }
+        close_all(replaced).await;
         self.show(&state);
         // Leftovers are also dropped at the next start.
         let dropped = async {
@@ -263,7 +305,8 @@ impl Journals {
     /// # Errors
     /// `IO`.
     pub async fn close(&self) -> Result<()> {
-        let state = self.state.lock().await;
+        let mut state = self.state.lock().await;
+        state.is_closed = true;
         for copy in state.copies.values().filter_map(Slot::open) {
             copy.close().await?;
         }
@@ -326,6 +369,43 @@ impl Reading {
         let checkpoint_revision = first.unwrap_or_default().0;
         Ok(Some(v1::ReadJournalResponse { checkpoint_revision, entries: Vec::new(), records }))
     }
+}
+
+/// Runs a change of files to its end, whatever becomes of the caller: half of one, or one under way while the next
+/// begins, is nothing that memory knows of.
+async fn whole<T: Send + 'static>(change: impl Future<Output = Result<T>> + Send + 'static) -> Result<T> {
+    match tokio::spawn(change).await {
+        Ok(done) => done,
+        Err(error) => {
+            Err(Error::internal(format!("a change of a journal copy ended before its time: {error}")))
+        }
+    }
+}
+
+/// Ends the logs of copies that were replaced.
+async fn close_all(slots: Vec<Slot>) {
+    for slot in slots {
+        if let Some(copy) = slot.open()
+            && let Err(error) = copy.close().await
+        {
+            tracing::debug!(%error, "a replaced journal copy did not close cleanly");
+        }
+    }
+}
+
+fn check_open(state: &State) -> Result<()> {
+    match state.is_closed {
+        true => Err(Error::unavailable("the server is stopping: its journal copies are closed")),
+        false => Ok(()),
+    }
+}
+
+/// What is durable, when the copy covers a checkpoint of `revision` already.
+fn covered(state: &State, generation: Generation, revision: Revision) -> Option<Revision> {
+    let copy = state.copies.get(&generation).and_then(Slot::open)?;
+    // Before revision 0 there is nothing, so a copy that began there needs no checkpoint of it.
+    let is_covered = copy.checkpoint >= revision && (copy.is_installed || revision == Revision(0));
+    is_covered.then(|| copy.durable())
 }
 
 fn refuse_older(state: &State, generation: Generation) -> Result<()> {

@@ -42,6 +42,14 @@ impl Log {
         Ok((file, u64::from(position.offset) + u64::from(RECORD_HEADER_BYTES)))
     }
 
+    /// How long the payload of the record at a position was when it was written, whatever became of it since;
+    /// `None` if not even the record's header is intact.
+    pub async fn written_len(&self, position: Position) -> io::Result<Option<u32>> {
+        let (id, end, file) = self.shared.segment(position.segment).await?;
+        let mut window = Window::new(&*file, RECORD_HEADER_BYTES as usize).await?;
+        Ok(window.header(id, position.offset, end).await?.map(|header| header.len))
+    }
+
     /// Durable living records from a position on, about `bytes_max` bytes of payload (one record at least,
     /// however long), and the position to go on from; it stands still at the end of the log. Any position
     /// inside a segment's header means its first record, any other must be one that the log gave.

@@ -234,19 +234,44 @@ impl Shared {
     }
 
     /// Takes a segment's file out of use: kept for a next life if it may be, deleted if not. Durable when
-    /// this returns.
+    /// this returns. After an error it may be tried again, however far it came.
     pub(super) async fn retire(&self, number: u32, whole: bool) -> io::Result<()> {
         let path = self.path(&segment_name(number));
-        let keep = whole && self.config.recycle && self.table.lock().spares.len() < SPARES_MAX;
-        if !keep {
-            self.disk.remove_file(&path).await?;
-            return self.disk.sync_dir(&self.dir).await;
-        }
         let spare = self.path(&format!("spare-{number:08x}.seg"));
-        self.disk.rename(&path, &spare).await?;
+        let keep = whole && self.config.recycle && self.table.lock().spares.len() < SPARES_MAX;
+        let moved = match keep {
+            true => self.disk.rename(&path, &spare).await,
+            false => self.disk.remove_file(&path).await,
+        };
+        let tried_before = match moved {
+            // Its name is gone already, only that may not be durable yet.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => true,
+            moved => {
+                moved?;
+                false
+            }
+        };
         // Before anything overwrites it: a crash may bring the old name back, and then with the old content.
         self.disk.sync_dir(&self.dir).await?;
-        self.table.lock().spares.push(spare);
+        // One of that name that waits already was a segment of this number before the log was opened.
+        let is_known = self.table.lock().spares.contains(&spare);
+        if is_known || !(keep || tried_before) {
+            return Ok(());
+        }
+        if tried_before {
+            // The try before has renamed it, if there was a place for it then.
+            let found = match keep {
+                true => self.disk.open(&spare, Open::Read).await.map(drop),
+                false => self.disk.remove_file(&spare).await,
+            };
+            match found {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+                found => found?,
+            }
+        }
+        if keep {
+            self.table.lock().spares.push(spare);
+        }
         Ok(())
     }
 }

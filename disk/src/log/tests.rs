@@ -216,6 +216,60 @@ async fn recycled_segments_show_no_old_records() {
     }
 }
 
+async fn names(disk: &SimDisk) -> Vec<String> {
+    disk.list(dir()).await.unwrap().into_iter().map(|entry| entry.name).collect()
+}
+
+#[tokio::test]
+async fn bounded_a_removal_whose_sync_failed_is_done_by_the_next_try() {
+    for recycle in [true, false] {
+        let disk = SimDisk::new(13, 1 << 20);
+        let (log, ..) = open_with(&disk, LogConfig { recycle, ..config() }).await.unwrap();
+        let positions = fill(&log, 0..100, 1000).await;
+        let kept = positions[80];
+        assert!(kept.segment > 5);
+        let mut oldest = 1;
+        while oldest < kept.segment {
+            disk.fail_syncs(1);
+            log.remove_segments_before(kept).await.unwrap_err();
+            // What is behind the one that may still be there stays, or a crash would leave a gap.
+            assert_eq!(log.segments()[0].number, oldest);
+            log.remove_segment(oldest).await.unwrap();
+            oldest += 1;
+        }
+        assert_eq!(log.segments()[0].number, kept.segment);
+        let spares = |names: Vec<String>| names.iter().filter(|name| name.starts_with("spare-")).count();
+        let left = names(&disk).await;
+        assert!(left.iter().all(|name| *name >= segments::segment_name(kept.segment)), "{left:?}");
+        assert_eq!(spares(left), if recycle { 2 } else { 0 });
+        // The spares are there when they are wanted.
+        fill(&log, 100..150, 1000).await;
+        assert_eq!(spares(names(&disk).await), 0);
+        log.close().await.unwrap();
+        disk.crash(CrashKeep::Nothing);
+        let (_, recovery, seen) = open_with(&disk, LogConfig { recycle, ..config() }).await.unwrap();
+        assert!(recovery.damage.is_empty(), "{:?}", recovery.damage);
+        assert_eq!(seen.last().unwrap().tag, 149);
+    }
+}
+
+#[tokio::test]
+async fn bounded_a_spare_without_a_place_is_removed_by_the_next_try() {
+    let disk = SimDisk::new(14, 1 << 20);
+    let (log, ..) = open(&disk).await;
+    let positions = fill(&log, 0..60, 1000).await;
+    disk.fail_syncs(1);
+    log.remove_segment(1).await.unwrap_err();
+    assert!(names(&disk).await.contains(&"spare-00000001.seg".to_owned()));
+    // Others take the places meanwhile.
+    log.remove_segment(2).await.unwrap();
+    log.remove_segment(3).await.unwrap();
+    log.remove_segments_before(positions[40]).await.unwrap();
+    let left = names(&disk).await;
+    assert!(!left.contains(&"spare-00000001.seg".to_owned()), "{left:?}");
+    assert_eq!(left.iter().filter(|name| name.starts_with("spare-")).count(), 2, "{left:?}");
+}
+
 #[tokio::test]
 async fn a_life_is_never_given_twice_and_hides_the_one_before() {
     let disk = SimDisk::new(11, 1 << 20);

@@ -2,6 +2,7 @@
 
 use super::file::{Primary, start};
 use crate::{
+    chunks::ChunkInfo,
     compose::{self, Recipe},
     fetch::Order,
     ingest::{Begin, Part, Sender},
@@ -278,8 +279,10 @@ impl ReplicaHandler {
             }) {
                 continue;
             }
-            if let Some(held) = held.filter(|held| !held.corrupt) {
-                // The commit is the truth: this copy is of other bytes.
+            let other = |held: &ChunkInfo| (held.length, held.checksum) != (chunk.length, chunk.checksum);
+            // Of a copy of length 0 only the id is known; any content replaces it.
+            if let Some(held) = held.filter(|held| held.length > 0 && other(held)) {
+                // The commit is the truth: this copy is of other bytes. Bad ones too would keep the right ones out.
                 tracing::error!(chunk = %id, length = held.length, "a chunk is held with other content than committed");
                 node.store.remove(&[id]).await?;
             }

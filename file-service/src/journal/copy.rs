@@ -7,7 +7,9 @@
 //!     log-<revision>/            the log behind the checkpoint of that revision: record tag = revision
 //! ```
 //!
-//! A checkpoint and its log are ready before the checkpoint gets its name: that rename is the moment it counts.
+//! A checkpoint and its log are ready before the checkpoint gets its name: that rename is the moment it counts. A start
+//! takes the checkpoint of the highest revision and drops the rest, so from that moment on nothing may be acknowledged
+//! from the log before it.
 
 use super::checkpoint::{Head, Reader, Writer};
 use bytes::Bytes;
@@ -19,7 +21,7 @@ use cairn_proto::{
     v1,
 };
 use disk::{
-    Disk,
+    Disk, Open,
     log::{Log, LogConfig, Position, Record},
 };
 use prost::Message as _;
@@ -287,9 +289,18 @@ pub(super) struct Install {
     writer: Writer,
 }
 
+/// A copy that is ready on the disk but for the name of its checkpoint.
+#[derive(Debug)]
+pub(super) struct Ready {
+    copy: Copy,
+    /// Checkpoints that a start would prefer to the new one.
+    newer: Vec<PathBuf>,
+}
+
 impl Install {
     pub(super) async fn begin(disk: Arc<dyn Disk>, dir: PathBuf, head: Head) -> Result<Self> {
         disk.create_dir_all(&dir).await?;
+        drop_unfinished(disk.as_ref(), &dir).await?;
         let path = dir.join(format!("{}.tmp", checkpoint_name(Revision(head.revision))));
         let writer = Writer::create(disk.as_ref(), &path, head.clone()).await?;
         Ok(Self { disk, dir, head, writer })
@@ -299,38 +310,33 @@ impl Install {
         self.writer.entries(entries).await
     }
 
-    /// Makes the checkpoint count. `old` is the copy so far: what it holds behind the checkpoint is kept.
-    pub(super) async fn finish(self, entry_count: u64, old: Option<&Copy>) -> Result<Copy> {
+    /// Which checkpoint it is.
+    pub(super) fn place(&self) -> (Generation, Revision) {
+        (Generation(self.head.generation), Revision(self.head.revision))
+    }
+
+    /// Makes everything ready that the checkpoint needs to count. `old` is the copy so far: what it holds behind the
+    /// checkpoint is carried over. Nobody may append to it any more.
+    ///
+    /// # Errors
+    /// `INVALID_ARGUMENT` when entries are missing; `NO_SPACE`, `IO`. `old` is as it was.
+    pub(super) async fn prepare(self, entry_count: u64, old: Option<&Copy>) -> Result<Ready> {
+        let (generation, revision) = self.place();
         let Self { disk, dir, head, writer } = self;
-        let (generation, revision) = (Generation(head.generation), Revision(head.revision));
         writer.finish(entry_count).await?;
-        // A log of this name can only be left from an installation that was not completed.
+        // Before the log behind such a checkpoint goes.
+        let newer = void_from(disk.as_ref(), &dir, revision).await?;
         remove_dir(disk.as_ref(), &dir.join(log_name(revision))).await?;
         let log = start_log(&disk, &dir, &head.cluster_id, generation, revision).await?;
-        let mut last = revision;
-        if let Some(old) = old.filter(|old| old.last > revision && !old.is_failed()) {
-            // A barrier: what was queued before is durable, and so can be read, once this is.
-            old.log.append_batch(vec![again(&old.carriers, old.last)]).await?;
-            let (_, mut reader) = old.read().await?;
-            reader.after = revision;
-            loop {
-                let records = reader.records().await?;
-                let Some(newest) = records.last() else { break };
-                last = Revision(newest.revision);
-                let plan = |record: v1::JournalRecord| Record {
-                    kind: PLAN,
-                    tag: record.revision,
-                    payload: vec![record.plan],
-                };
-                log.append_batch(records.into_iter().map(plan).collect()).await?;
+        let last = match carry_over(&log, revision, old).await {
+            Ok(last) => last,
+            Err(error) => {
+                // Its files are removed by the next installation, under which it must not write.
+                close_quietly(&log).await;
+                return Err(error);
             }
-        }
-        let name = dir.join(checkpoint_name(revision));
-        let temporary = dir.join(format!("{}.tmp", checkpoint_name(revision)));
-        disk.rename(&temporary, &name).await?;
-        disk.sync_dir(&dir).await?;
-        let carriers = head.carrier_ids;
-        Ok(Copy {
+        };
+        let copy = Copy {
             disk,
             dir,
             cluster_id: head.cluster_id,
@@ -338,8 +344,9 @@ impl Install {
             is_installed: true,
             log,
             last,
-            carriers,
-        })
+            carriers: head.carrier_ids,
+        };
+        Ok(Ready { copy, newer })
     }
 
     /// Drops what arrived.
@@ -348,6 +355,101 @@ impl Install {
         if let Err(error) = self.disk.remove_file(&path).await {
             tracing::warn!(path = %path.display(), %error, "could not remove a half installed checkpoint");
         }
+    }
+}
+
+impl Ready {
+    /// Whose journal it is.
+    pub(super) fn cluster_id(&self) -> &str {
+        self.copy.cluster_id()
+    }
+
+    /// Makes the checkpoint count. From its first moment a start may find the new copy as well as the old one, so the
+    /// old one must not acknowledge anything any more, whatever this answers.
+    pub(super) async fn name(self) -> Result<Copy> {
+        let Self { copy, newer } = self;
+        let name = checkpoint_name(copy.checkpoint);
+        let named = async {
+            copy.disk.rename(&copy.dir.join(format!("{name}.tmp")), &copy.dir.join(&name)).await?;
+            for path in newer {
+                copy.disk.remove_file(&path).await?;
+            }
+            copy.disk.sync_dir(&copy.dir).await
+        };
+        match named.await {
+            Ok(()) => Ok(copy),
+            Err(error) => {
+                close_quietly(&copy.log).await;
+                Err(error.into())
+            }
+        }
+    }
+}
+
+/// Appends what `old` holds behind the checkpoint to the new log; the last revision of the new copy.
+async fn carry_over(log: &Log, revision: Revision, old: Option<&Copy>) -> Result<Revision> {
+    let mut last = revision;
+    let Some(old) = old.filter(|old| old.last > revision && !old.is_failed()) else { return Ok(last) };
+    // A barrier: what was queued before is durable, and so can be read, once this is.
+    old.log.append_batch(vec![again(&old.carriers, old.last)]).await?;
+    let (_, mut reader) = old.read().await?;
+    reader.after = revision;
+    loop {
+        let records = reader.records().await?;
+        let Some(newest) = records.last() else { return Ok(last) };
+        last = Revision(newest.revision);
+        let plan = |record: v1::JournalRecord| Record {
+            kind: PLAN,
+            tag: record.revision,
+            payload: vec![record.plan],
+        };
+        log.append_batch(records.into_iter().map(plan).collect()).await?;
+    }
+}
+
+/// Empties, durably, the checkpoints of `revision` and above: only a copy that is not offered has one. Its log may be
+/// removed after that: a start would else take the checkpoint with an empty log for a copy that knows of nothing newer.
+/// Answers those above.
+async fn void_from(disk: &dyn Disk, dir: &Path, revision: Revision) -> Result<Vec<PathBuf>> {
+    let mut newer = Vec::new();
+    for entry in disk.list(dir).await? {
+        let Some(number) = numbered(&entry.name, "checkpoint-").filter(|number| *number >= revision.0) else {
+            continue;
+        };
+        let path = dir.join(&entry.name);
+        let file = disk.open(&path, Open::ReadWrite).await?;
+        file.set_len(0).await?;
+        file.sync().await?;
+        if number > revision.0 {
+            newer.push(path);
+        }
+    }
+    Ok(newer)
+}
+
+/// Removes what installations left that did not come to their end: they could fill the disk.
+async fn drop_unfinished(disk: &dyn Disk, dir: &Path) -> Result<()> {
+    let names: Vec<String> = disk.list(dir).await?.into_iter().map(|entry| entry.name).collect();
+    for name in &names {
+        let path = dir.join(name);
+        if name.starts_with("checkpoint-") && name.ends_with(".tmp") {
+            // Not only cut: a write of a caller that has gone may still be under way.
+            disk.remove_file(&path).await?;
+        }
+        // The log of a copy that began without a checkpoint is that of revision 0.
+        if let Some(number) = numbered(name, "log-").filter(|number| *number > 0)
+            && !names.contains(&checkpoint_name(Revision(number)))
+        {
+            remove_dir(disk, &path).await?;
+        }
+    }
+    Ok(())
+}
+
+/// Ends a log of which nothing is wanted any more.
+async fn close_quietly(log: &Log) {
+    if let Err(error) = log.close().await {
+        tracing::debug!(%error, "a journal log that was given up did not close cleanly");
     }
 }
 

@@ -250,3 +250,216 @@ async fn many_appends_at_once_are_all_durable_in_order() {
     disk.crash(CrashKeep::Nothing);
     assert_eq!(read(&open(&disk).await, 1).await.unwrap().2, (1..=50).collect::<Vec<_>>());
 }
+
+/// Lets tasks that nobody waits for go on.
+async fn settle() {
+    for _ in 0..500 {
+        tokio::task::yield_now().await;
+    }
+}
+
+/// Every name under the journal's directory.
+async fn names(disk: &SimDisk) -> Vec<String> {
+    let entries = disk.list(&dir_of(Generation(1))).await.unwrap();
+    entries.into_iter().map(|entry| entry.name).collect()
+}
+
+#[tokio::test]
+async fn rebuilt_an_installation_whose_caller_goes_away_forgets_nothing() {
+    for polls in 0..400 {
+        let disk = disk();
+        let journals = open(&disk).await;
+        journals.append(append(1, 0, 1..=5)).await.unwrap();
+        let mut is_done = false;
+        {
+            let mut installing = std::pin::pin!(install(&journals, 1, 4, 3));
+            for _ in 0..polls {
+                is_done = futures::poll!(installing.as_mut()).is_ready();
+                if is_done {
+                    break;
+                }
+                tokio::task::yield_now().await;
+            }
+        }
+        let appended = journals.append(append(1, 5, 6..=6)).await;
+        assert_eq!(appended.unwrap(), Revision(6), "after {polls} polls");
+        settle().await;
+        journals.close().await.unwrap();
+        drop(journals);
+        disk.crash(CrashKeep::Everything);
+        let journals = open(&disk).await;
+        assert_eq!(journals.revision(), 6, "acknowledged, and forgotten after {polls} polls");
+        let (checkpoint, _, revisions) = read(&journals, 1).await.unwrap();
+        assert!(matches!((checkpoint, &revisions[..]), (0, [1, 2, 3, 4, 5, 6]) | (4, [5, 6])));
+        if is_done {
+            assert!(polls > 5, "the installation took some time");
+            return;
+        }
+    }
+    panic!("the installation never ended");
+}
+
+#[tokio::test]
+async fn a_copy_whose_beginning_was_given_up_begins() {
+    for polls in 0..100 {
+        let disk = disk();
+        let journals = open(&disk).await;
+        let mut is_done = false;
+        {
+            let mut appending = std::pin::pin!(journals.append(append(1, 0, 1..=2)));
+            for _ in 0..polls {
+                is_done = futures::poll!(appending.as_mut()).is_ready();
+                if is_done {
+                    break;
+                }
+                tokio::task::yield_now().await;
+            }
+        }
+        settle().await;
+        // Its log is that of a copy: no second one is begun in the same place.
+        let is_begun = journals.state.lock().await.copies.contains_key(&Generation(1));
+        assert_eq!(is_begun, polls > 0, "{polls} polls");
+        assert_eq!(journals.append(append(1, 0, 1..=3)).await.unwrap(), Revision(3), "{polls} polls");
+        drop(journals);
+        disk.crash(CrashKeep::Nothing);
+        assert_eq!(read(&open(&disk).await, 1).await.unwrap().2, [1, 2, 3], "{polls} polls");
+        if is_done {
+            return;
+        }
+    }
+    panic!("the append never ended");
+}
+
+/// Installs a checkpoint of revision 4, and fails the next sync as soon as `is_time`.
+async fn install_and_fail(
+    disk: &SimDisk,
+    journals: &Journals,
+    revision: u64,
+    is_time: impl Fn(&[String]) -> bool,
+) -> Result<Revision> {
+    let copies = journals.clone();
+    let installing = tokio::spawn(async move { install(&copies, 1, revision, 3).await });
+    while !is_time(&names(disk).await) {
+        assert!(!installing.is_finished(), "it ended before the time came");
+        tokio::task::yield_now().await;
+    }
+    disk.fail_syncs(1);
+    installing.await.unwrap()
+}
+
+#[tokio::test]
+async fn rebuilt_an_installation_that_fails_at_its_last_sync_forgets_nothing() {
+    let disk = disk();
+    let journals = open(&disk).await;
+    journals.append(append(1, 0, 1..=5)).await.unwrap();
+    let named = |names: &[String]| names.contains(&"checkpoint-0000000000000004".to_owned());
+    let failed = install_and_fail(&disk, &journals, 4, named).await.unwrap_err();
+    assert_eq!(failed.reason, Reason::Io);
+    // Which copy a start would find is not known: neither takes anything.
+    let refused = journals.append(append(1, 5, 6..=6)).await.unwrap_err();
+    assert_eq!(refused.reason, Reason::RevisionCompacted);
+    assert_eq!(journals.revision(), 0, "it is told that what is held is not known");
+    // The directory sends another, of the same revision if nothing was committed meanwhile.
+    assert_eq!(install(&journals, 1, 4, 2).await.unwrap(), Revision(4));
+    assert_eq!(journals.append(append(1, 4, 5..=6)).await.unwrap(), Revision(6));
+    drop(journals);
+    settle().await;
+    disk.crash(CrashKeep::Random);
+    assert_eq!(read(&open(&disk).await, 1).await.unwrap(), (4, 2, vec![5, 6]));
+}
+
+/// A disk whose copy had acknowledged 6, and was then damaged behind its checkpoint of revision 4.
+async fn damaged() -> SimDisk {
+    let disk = disk();
+    let journals = open(&disk).await;
+    install(&journals, 1, 4, 3).await.unwrap();
+    journals.append(append(1, 4, 5..=6)).await.unwrap();
+    journals.close().await.unwrap();
+    drop(journals);
+    flip_plan(&disk, &dir_of(Generation(1)).join("log-0000000000000004")).await;
+    disk
+}
+
+#[tokio::test]
+async fn rebuilt_a_damaged_copy_never_passes_for_one_that_knows_nothing_newer() {
+    let damaged = damaged().await;
+    for changes in 0..100 {
+        let disk = damaged.clone_disk();
+        let journals = open(&disk).await;
+        disk.power_off_after(changes);
+        let installed = install(&journals, 1, 4, 2).await;
+        let is_done = !disk.is_off();
+        drop(journals);
+        settle().await;
+        disk.crash(CrashKeep::Random);
+        let journals = open(&disk).await;
+        match read(&journals, 1).await {
+            Ok(found) => assert_eq!(found, (4, 2, vec![]), "after {changes} changes: only the new one"),
+            Err(_) => {
+                assert!(installed.is_err(), "after {changes} changes");
+                let copies = journals.copies();
+                assert_eq!(copies.len(), 1, "after {changes} changes: it is told that there was one");
+                assert_eq!(copies[0].durable_revision, 0, "after {changes} changes");
+            }
+        }
+        if is_done {
+            return;
+        }
+    }
+    panic!("the installation never ended");
+}
+
+#[tokio::test]
+async fn a_checkpoint_takes_the_place_of_a_damaged_newer_one_for_good() {
+    let disk = damaged().await;
+    let journals = open(&disk).await;
+    let newer_went = |names: &[String]| !names.contains(&"checkpoint-0000000000000004".to_owned());
+    install_and_fail(&disk, &journals, 3, newer_went).await.unwrap_err();
+    assert_eq!(install(&journals, 1, 3, 2).await.unwrap(), Revision(3));
+    assert_eq!(journals.append(append(1, 3, 4..=5)).await.unwrap(), Revision(5));
+    drop(journals);
+    settle().await;
+    disk.crash(CrashKeep::Nothing);
+    assert_eq!(read(&open(&disk).await, 1).await.unwrap(), (3, 2, vec![4, 5]));
+}
+
+#[tokio::test]
+async fn rebuilt_nothing_is_acknowledged_from_a_log_that_was_replaced() {
+    let disk = disk();
+    let journals = open(&disk).await;
+    journals.append(append(1, 0, 1..=1)).await.unwrap();
+    let mut first = std::pin::pin!(journals.append(append(1, 1, 2..=5)));
+    assert!(futures::poll!(first.as_mut()).is_pending());
+    settle().await;
+    // Durable by now, but not answered when the log fails and a checkpoint of less replaces the copy.
+    disk.fail_syncs(1);
+    journals.append(append(1, 5, 6..=6)).await.unwrap_err();
+    assert_eq!(install(&journals, 1, 4, 3).await.unwrap(), Revision(4));
+    assert_eq!(first.await.unwrap_err().reason, Reason::RevisionCompacted, "5 is not held any more");
+}
+
+#[tokio::test]
+async fn bounded_installations_that_break_off_leave_one_behind_at_most() {
+    let disk = disk();
+    let journals = open(&disk).await;
+    journals.append(append(1, 0, 1..=30)).await.unwrap();
+    for revision in 10..20 {
+        let (first, rest) = checkpoint(1, revision, 3, false);
+        // The caller goes away in the middle.
+        let rest = rest.chain(futures::stream::pending());
+        let mut installing = std::pin::pin!(journals.install(first, rest));
+        for _ in 0..50 {
+            assert!(futures::poll!(installing.as_mut()).is_pending());
+            tokio::task::yield_now().await;
+        }
+    }
+    for revision in 20..25 {
+        // Room for the checkpoint, not for the records behind it.
+        disk.set_capacity(disk.used_bytes() + (1 << 20));
+        install(&journals, 1, revision, 3).await.unwrap_err();
+        disk.set_capacity(1 << 30);
+    }
+    let left = names(&disk).await;
+    assert!(left.len() <= 3, "{left:?}");
+    assert_eq!(read(&journals, 1).await.unwrap(), (0, 0, (1..=30).collect()));
+}

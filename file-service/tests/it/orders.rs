@@ -68,16 +68,22 @@ async fn another_member_is_asked_when_the_primary_does_not_answer() {
 
 #[tokio::test(start_paused = true)]
 async fn a_copy_of_other_bytes_than_committed_is_replaced() {
-    let mut cluster = Cluster::start().await;
-    let chunks = miss(&mut cluster, 1).await;
-    // As if a writer that lost its lock had sent something else under the id.
-    let node = cluster.node(3);
-    let sums = cairn_proto::checksum::block_checksums(chunk(0), 0, b"other");
-    let checksum = cairn_proto::checksum::crc64(b"other");
-    node.store.put(chunk(0), GROUP.into(), "other".into(), sums, checksum, false).await.unwrap();
-    assert_eq!(confirm(&cluster, 3, chunks.clone()).await, [chunk(0)]);
-    let is_right = || node.store.info(chunk(0)).is_some_and(|info| info.checksum == chunks[0].checksum);
-    eventually("it is replaced", is_right).await;
+    for is_corrupt in [false, true] {
+        let mut cluster = Cluster::start().await;
+        let chunks = miss(&mut cluster, 1).await;
+        // As if a writer that lost its lock had sent something else under the id.
+        let node = cluster.node(3);
+        let sums = cairn_proto::checksum::block_checksums(chunk(0), 0, b"other");
+        let checksum = cairn_proto::checksum::crc64(b"other");
+        node.store.put(chunk(0), GROUP.into(), "other".into(), sums, checksum, false).await.unwrap();
+        if is_corrupt {
+            node.store.mark_corrupt(chunk(0));
+        }
+        assert_eq!(confirm(&cluster, 3, chunks.clone()).await, [chunk(0)]);
+        let is_right = || node.store.info(chunk(0)).is_some_and(|info| info.checksum == chunks[0].checksum);
+        eventually("it is replaced", is_right).await;
+        assert!(!node.store.info(chunk(0)).unwrap().corrupt);
+    }
 }
 
 async fn fetch(

@@ -198,10 +198,11 @@ impl Shared {
         Ok(())
     }
 
-    /// Removes segments that hold no chunk and nothing that the next start needs; how many.
-    async fn drop_empty(&self, snapshot: &SnapshotState) -> io::Result<usize> {
+    /// Removes segments that hold no chunk and nothing that the next start needs; how many. One that cannot be removed
+    /// now does not keep the others: it is the next step's again.
+    pub(super) async fn drop_empty(&self, snapshot: &SnapshotState) -> io::Result<usize> {
         let settled: Position = snapshot.settled.unwrap_or_else(|| self.settled());
-        let mut removed = 0;
+        let (mut removed, mut failed) = (0, Ok(()));
         for segment in self.log.segments() {
             if segment.is_active || segment.number >= settled.segment {
                 continue;
@@ -210,10 +211,12 @@ impl Shared {
             if self.state.lock().index.live_bytes(segment.number) > 0 {
                 continue;
             }
-            self.log.remove_segment(segment.number).await?;
-            removed += 1;
+            match self.log.remove_segment(segment.number).await {
+                Ok(()) => removed += 1,
+                Err(error) => failed = failed.and(Err(error)),
+            }
         }
-        Ok(removed)
+        failed.map(|()| removed)
     }
 
     /// See [`ChunkStore::close`].

@@ -6,6 +6,7 @@ use super::format::{
     file_bytes, payload_bytes,
 };
 use super::index::{Held, Index, Place, RECORD_OVERHEAD_BYTES};
+use super::read::check_payload;
 use super::shared::SnapshotState;
 use super::snapshot::{self, SNAPSHOT_BYTES_MAX, SNAPSHOT_NAME, Snapshot};
 use super::*;
@@ -103,7 +104,7 @@ async fn open_io(
     salvage(&log, &recovery, &mut replay).await?;
     distrust_missing_segments(&log, &mut replay.index);
     let files = Arc::new(Files::new(disk.clone(), dir.join("files")));
-    add_files(&files, &mut replay.index).await?;
+    add_files(&log, &files, &mut replay.index).await?;
     report.chunks = replay.index.chunks();
     report.corrupt = replay.index.range(None, ALL).filter(|held| held.corrupt).count() as u64;
     let space = disk.space(&dir).await?;
@@ -258,19 +259,33 @@ fn held(header: &ChunkHeader, place: Place, corrupt: bool) -> Held {
 async fn salvage(log: &Log, recovery: &Recovery, replay: &mut Replay) -> io::Result<()> {
     for damage in recovery.damage.iter().filter(|damage| damage.what == DamageKind::Record) {
         let Ok((file, at)) = log.place(damage.position).await else { continue };
-        let start = at - RECORD_OVERHEAD_BYTES;
-        let Ok(bytes) = file.read_at(start, damage.len as usize).await else { continue };
-        let mut from = RECORD_OVERHEAD_BYTES as usize;
+        let Ok(written_len) = log.written_len(damage.position).await else { continue };
+        let damaged = damage.len.saturating_sub(RECORD_OVERHEAD_BYTES) as usize;
+        // Where the record's own header is intact, it says where the only chunk is. The bytes behind that chunk's header
+        // are a user's, who may well have stored some that look like another chunk's.
+        let len = written_len.map_or(damaged, |_| HEADER_BYTES);
+        let Ok(bytes) = file.read_at(at, len).await else { continue };
+        let fits = |header: &ChunkHeader, from: usize| match written_len {
+            Some(written) => payload_bytes(header.length) == written as usize,
+            None => {
+                header.length as usize <= SMALL_BYTES_MAX && from + payload_bytes(header.length) <= damaged
+            }
+        };
+        let mut from = 0;
         while from + HEADER_BYTES <= bytes.len() {
-            if let Decoded::Header(header) = ChunkHeader::decode(&bytes[from..])
-                && replay.index.get(header.chunk).is_none()
-                && !replay.newest.contains_key(&header.chunk)
-            {
-                let offset = damage.position.offset + from as u32 - RECORD_OVERHEAD_BYTES as u32;
+            let header = match ChunkHeader::decode(&bytes[from..]) {
+                Decoded::Header(header) if fits(&header, from) => header,
+                _ => {
+                    from += 8;
+                    continue;
+                }
+            };
+            if replay.index.get(header.chunk).is_none() && !replay.newest.contains_key(&header.chunk) {
+                let offset = damage.position.offset + from as u32;
                 let position = Position { segment: damage.position.segment, offset };
                 replay.index.insert(held(&header, Place::Record(position), true));
             }
-            from += 8;
+            from += payload_bytes(header.length).next_multiple_of(8);
         }
     }
     Ok(())
@@ -290,8 +305,14 @@ fn distrust_missing_segments(log: &Log, index: &mut Index) {
     }
 }
 
+/// Whether a record can be read and holds this chunk whole.
+async fn is_whole(log: &Log, position: Position, chunk: ChunkId) -> bool {
+    let Ok(record) = log.read_record(position).await else { return false };
+    check_payload(&record.payload).is_some_and(|header| header.chunk == chunk)
+}
+
 /// Brings the index in line with the files that are there.
-async fn add_files(files: &Arc<Files>, index: &mut Index) -> io::Result<()> {
+async fn add_files(log: &Log, files: &Arc<Files>, index: &mut Index) -> io::Result<()> {
     let mut unknown = Vec::new();
     for found in files.find().await? {
         match index.get(found.chunk) {
@@ -315,10 +336,17 @@ async fn add_files(files: &Arc<Files>, index: &mut Index) -> io::Result<()> {
     let mut needless = Vec::new();
     for (chunk, header) in headers {
         let known = index.get(chunk);
-        if known.is_some_and(|held| matches!(held.place, Place::Record(_))) {
-            // A bad file of unknown length that a small record replaced.
-            needless.push(chunk);
-            continue;
+        if let Some(Place::Record(position)) = known.map(|held| held.place) {
+            // Seldom: one has replaced the other, which was bad, or a damaged part of the log only seems to hold the
+            // chunk. So the record is read before a file goes for its sake.
+            if is_whole(log, position, chunk).await {
+                needless.push(chunk);
+                continue;
+            }
+            if header.is_none() {
+                // Neither is whole. The record tells more about the chunk until it is healed.
+                continue;
+            }
         }
         let place = Place::File(files.next_number());
         let held = match header {

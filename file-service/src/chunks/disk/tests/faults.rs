@@ -310,3 +310,127 @@ async fn concurrent_seals_share_syncs() {
     assert_eq!(large.syncs - small.syncs, 64, "a sync of its own for each file");
     assert!(large.dir_syncs - small.dir_syncs <= 8, "{} syncs of names", large.dir_syncs - small.dir_syncs);
 }
+
+#[tokio::test(start_paused = true)]
+async fn bounded_one_failed_sync_does_not_end_the_giving_back_of_room() {
+    let disk = SimDisk::new(7, 64 << 20);
+    let (store, _) = open(&disk).await;
+    let chunks: Vec<ChunkId> = (0..30).map(|index| ChunkId::new(1, index)).collect();
+    for chunk in &chunks {
+        put(&store, *chunk, &pattern(1, 60_000)).await.unwrap();
+    }
+    store.remove(&chunks).await.unwrap();
+    let segments = store.shared.log.segments();
+    let first = segments[0].number;
+    assert!(segments.len() > 5);
+    let state = shared::SnapshotState::default();
+    disk.fail_syncs(1);
+    store.shared.drop_empty(&state).await.unwrap_err();
+    let left: Vec<u32> = store.shared.log.segments().iter().map(|segment| segment.number).collect();
+    assert_eq!(left, [first, segments[segments.len() - 1].number], "the others are gone");
+    while store.maintain().await.unwrap() {}
+    assert_eq!(store.shared.log.segments().len(), 1);
+    // Nothing is left to do, so nothing is written.
+    let writes = disk.counters().writes;
+    store.maintain().await.unwrap();
+    assert_eq!(disk.counters().writes, writes);
+}
+
+/// The header of a chunk, as it stands in a record or a file.
+fn header_of(chunk: ChunkId, length: u32) -> Vec<u8> {
+    let (group, checksum, table_checksum) = (GroupId(1), 7, 9);
+    let header = format::ChunkHeader { chunk, group, length, checksum, computed_here: false, table_checksum };
+    let mut bytes = bytes::BytesMut::new();
+    header.encode(&mut bytes);
+    bytes.to_vec()
+}
+
+#[tokio::test(start_paused = true)]
+async fn bytes_of_users_that_look_like_a_chunk_shadow_none() {
+    let [large, small, absent] = [0, 1, 2].map(|index| ChunkId::new(1, index));
+    let large_data = pattern(1, 100_000);
+    let headers = [(large, 100_000), (absent, 70_000), (large, 500), (absent, 500)];
+    for (at, (seeming, length)) in headers.into_iter().enumerate() {
+        // The record's header, and its chunk's.
+        for (is_record_bad, is_header_bad) in [(false, false), (true, false), (true, true)] {
+            let context = format!("header {at}, {is_record_bad} {is_header_bad}");
+            let disk = SimDisk::new(1, 64 << 20);
+            let (store, _) = open(&disk).await;
+            put(&store, large, &large_data).await.unwrap();
+            // As somebody has who keeps a copy of a store's files in the store.
+            let data = [header_of(seeming, length), vec![1; 3_000]].concat();
+            put(&store, small, &data.into()).await.unwrap();
+            let Place::Record(position) = store.shared.state.lock().index.get(small).unwrap().place else {
+                panic!("a small chunk is a record");
+            };
+            store.close().await.unwrap();
+            drop(store);
+            settle().await;
+            disk.remove_file(&Path::new(DIR).join("index")).await.unwrap();
+            let path = Path::new(DIR).join(format!("segments/{:08x}.seg", position.segment));
+            let record = u64::from(position.offset);
+            let payload = record + index::RECORD_OVERHEAD_BYTES;
+            disk.flip_bit(&path, payload + 1_000, 3).unwrap();
+            if is_record_bad {
+                disk.flip_bit(&path, record + 5, 3).unwrap();
+            }
+            if is_header_bad {
+                disk.flip_bit(&path, payload + 5, 3).unwrap();
+            }
+            for start in 0..2 {
+                let (store, report) = open(&disk).await;
+                assert!(!report.damage.is_empty(), "{context}");
+                assert_eq!(read_all(&store, large).await.unwrap(), large_data, "{context}, start {start}");
+                assert!(!store.info(large).unwrap().corrupt, "{context}");
+                assert_eq!(store.info(small).is_some(), !is_header_bad, "{context}");
+                // It may be a record's that cannot be read any more.
+                let is_listed = is_header_bad && length == 500;
+                assert!(is_listed || store.info(absent).is_none(), "{context}");
+                drop(store);
+                settle().await;
+            }
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn of_a_record_and_a_file_the_whole_one_is_kept() {
+    let chunk = ChunkId::new(1, 1);
+    let (in_record, in_file) = (pattern(1, 5_000), pattern(2, 100_000));
+    let other = SimDisk::new(1, 64 << 20);
+    let (store, _) = open(&other).await;
+    put(&store, chunk, &in_file).await.unwrap();
+    drop(store);
+    settle().await;
+    let path = Path::new(DIR).join("files/01/0000000000000001-00000001.chunk");
+    let file = other.open(&path, Open::Read).await.unwrap().read_at(0, 1 << 20).await.unwrap();
+    for is_record_bad in [false, true] {
+        for has_index in [false, true] {
+            let disk = SimDisk::new(2, 64 << 20);
+            let (store, _) = open(&disk).await;
+            put(&store, chunk, &in_record).await.unwrap();
+            let Place::Record(position) = store.shared.state.lock().index.get(chunk).unwrap().place else {
+                panic!("a small chunk is a record");
+            };
+            store.close().await.unwrap();
+            drop(store);
+            settle().await;
+            if !has_index {
+                disk.remove_file(&Path::new(DIR).join("index")).await.unwrap();
+            }
+            // As a crash leaves them between the one that replaces and the removal of the one replaced.
+            disk.create_dir_all(path.parent().unwrap()).await.unwrap();
+            let copy = disk.open(&path, Open::Create).await.unwrap();
+            copy.write_at(0, vec![file.clone()]).await.unwrap();
+            if is_record_bad {
+                let segment = Path::new(DIR).join(format!("segments/{:08x}.seg", position.segment));
+                disk.flip_bit(&segment, u64::from(position.offset) + 1_000, 3).unwrap();
+            }
+            let (store, _) = open(&disk).await;
+            let kept = if is_record_bad { &in_file } else { &in_record };
+            assert_eq!(&read_all(&store, chunk).await.unwrap(), kept, "{is_record_bad} {has_index}");
+            assert!(store.verify(chunk).await.unwrap());
+            assert_eq!(disk.open(&path, Open::Read).await.is_ok(), is_record_bad);
+        }
+    }
+}

@@ -15,6 +15,7 @@ const COUNT_MAX: u64 = 1 << 40;
 /// Checks what stands in the inode's record.
 pub(super) fn layout(layout: &Layout) -> Result<(), Stop> {
     let good = layout.depth <= DEPTH_MAX
+        && is_of_one_kind(layout.extents.len(), layout.pages.len())
         && layout.next_page <= COUNT_MAX
         && extents(&layout.extents, 0, FILE_BYTES_MAX)
         && refs(&layout.pages, 0, FILE_BYTES_MAX);
@@ -24,13 +25,21 @@ pub(super) fn layout(layout: &Layout) -> Result<(), Stop> {
 /// Whether a page can be the one that a reference leads to: what it holds lies within, so a page cannot hold itself
 /// over and over.
 pub(super) fn is_page_of(page: &ExtentPage, reference: &PageRef) -> bool {
-    extents(&page.extents, reference.offset, reference.end)
+    is_of_one_kind(page.extents.len(), page.pages.len())
+        && extents(&page.extents, reference.offset, reference.end)
         && refs(&page.pages, reference.offset, reference.end)
 }
 
 /// Whether entries of a page are in order and small enough to be counted with.
 pub(super) fn is_page(page: &ExtentPage) -> bool {
-    extents(&page.extents, 0, FILE_BYTES_MAX) && refs(&page.pages, 0, FILE_BYTES_MAX)
+    is_of_one_kind(page.extents.len(), page.pages.len())
+        && extents(&page.extents, 0, FILE_BYTES_MAX)
+        && refs(&page.pages, 0, FILE_BYTES_MAX)
+}
+
+/// Whether there are extents or references and not both, which could overlap.
+fn is_of_one_kind(extents: usize, refs: usize) -> bool {
+    extents == 0 || refs == 0
 }
 
 /// What the damage of a page is called.

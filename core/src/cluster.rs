@@ -2,6 +2,7 @@
 //! so that a new server takes its share, what a server's inventory tells, and what is repaired first.
 
 pub mod balance;
+pub mod carriers;
 pub mod compare;
 pub mod follow;
 pub mod placement;

@@ -525,6 +525,10 @@ pub struct Settings {
     /// Of the same: the revision that it was made from.
     #[prost(uint64, tag = "8")]
     pub base_revision: u64,
+    /// While the carriers change: those before, until enough of both know of the change
+    /// ([`crate::cluster::carriers`]).
+    #[prost(uint64, repeated, tag = "9")]
+    pub carriers_before: Vec<u64>,
 }
 record!(Settings, "cluster settings");
 

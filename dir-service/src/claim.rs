@@ -3,7 +3,8 @@
 //! The rule is [`cairn_core::cluster::follow`]. The carriers of the journal that the store names are asked at the
 //! addresses that the store has, or at those with which they registered meanwhile. It takes milliseconds when they
 //! live. There is no time after which it serves without them: only an operator can say that what is here will do. A
-//! store that names no carriers, as that of a cluster's first moments, is served at once.
+//! store that names no carriers, as that of a cluster's first moments, is served at once. One on which a change of the
+//! carriers was under way needs those before and those after it.
 
 use crate::{
     cluster::{Cluster, change::Change, peers::Peers},
@@ -11,7 +12,10 @@ use crate::{
     rebuild::Lobby,
 };
 use cairn_core::{
-    cluster::follow::{Verdict, verdict},
+    cluster::{
+        carriers::Carriers,
+        follow::{Verdict, verdict},
+    },
     record,
 };
 use cairn_proto::{
@@ -50,6 +54,7 @@ pub async fn claim(
 ) -> Claimed {
     let cluster = &directory.cluster;
     let settings = cluster.state.lock().settings.clone();
+    let carriers = Carriers::of(&settings);
     let mut life = v1::DirectoryLife {
         generation: directory.generation.0,
         store_id: settings.store_id.clone(),
@@ -65,13 +70,13 @@ pub async fn claim(
             let highest = lobby.reports(&directory.cluster_id).iter().map(|report| report.generation).max();
             return Claimed::Accepted(highest.unwrap_or_default());
         }
-        let mut answers = reported(lobby, &directory.cluster_id, &settings.carriers);
-        let mut asked: FuturesUnordered<_> = carriers(cluster, lobby, &settings.carriers)
+        let mut answers = reported(lobby, &directory.cluster_id, &carriers);
+        let mut asked: FuturesUnordered<_> = named(cluster, lobby, &carriers)
             .into_iter()
             .map(|server| ask(&peers, cluster, server, life.clone(), ask_only))
             .collect();
         let decided = loop {
-            let decided = verdict(&life, revision.0, base, &settings.carriers, &answers);
+            let decided = verdict(&life, revision.0, base, &carriers, &answers);
             if !matches!(decided, Verdict::Wait(_)) {
                 break decided;
             }
@@ -122,9 +127,8 @@ pub async fn claim(
 }
 
 /// Reports of servers that are not asked: they may know something newer, and follow nobody on our account.
-fn reported(lobby: &Lobby, cluster_id: &str, carriers: &[u64]) -> BTreeMap<u64, v1::FollowResponse> {
-    let reports =
-        lobby.reports(cluster_id).into_iter().filter(|report| !carriers.contains(&report.server_id));
+fn reported(lobby: &Lobby, cluster_id: &str, carriers: &Carriers) -> BTreeMap<u64, v1::FollowResponse> {
+    let reports = lobby.reports(cluster_id).into_iter().filter(|report| !carriers.names(report.server_id));
     reports
         .map(|report| {
             let current = v1::DirectoryLife { generation: report.generation, ..Default::default() };
@@ -142,13 +146,15 @@ fn reported(lobby: &Lobby, cluster_id: &str, carriers: &[u64]) -> BTreeMap<u64, 
 }
 
 /// The carriers, at the addresses at which they were heard last.
-fn carriers(cluster: &Cluster, lobby: &Lobby, ids: &[u64]) -> Vec<v1::Server> {
+fn named(cluster: &Cluster, lobby: &Lobby, carriers: &Carriers) -> Vec<v1::Server> {
     let reports = lobby.reports(&cluster.cluster_id);
     let state = cluster.state.lock();
-    ids.iter()
+    carriers
+        .all()
+        .into_iter()
         .filter_map(|id| {
-            let mut server = state.server(ServerId(*id))?;
-            if let Some(report) = reports.iter().find(|report| report.server_id == *id) {
+            let mut server = state.server(ServerId(id))?;
+            if let Some(report) = reports.iter().find(|report| report.server_id == id) {
                 server.endpoints.clone_from(&report.endpoints);
             }
             Some(server)
@@ -219,7 +225,7 @@ impl Cluster {
     /// # Errors
     /// The store's.
     pub(crate) async fn forget_carriers(&self) -> Result<()> {
-        self.change_settings(|settings| settings.carriers.clear()).await
+        self.change_settings(|settings| Carriers::default().name_in(settings)).await
     }
 
     async fn change_settings(&self, change: impl FnOnce(&mut record::Settings)) -> Result<()> {

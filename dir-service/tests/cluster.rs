@@ -251,6 +251,111 @@ async fn rebuilt_a_lost_store_comes_back_from_the_carriers_and_never_forms_a_new
     assert!(stage.grant(session, &[]).await.unwrap().id > grant.id + (1 << 31));
 }
 
+/// A fourth server must not take the place of one carrier while two are away: it and the last one would be enough to count
+/// changes as carried of which those two know nothing, and those two are enough to rebuild from.
+#[tokio::test]
+async fn rebuilt_carriers_are_not_replaced_while_a_majority_of_them_is_away() {
+    let mut stage = Stage::start(4).await;
+    let is_carried = |status: &v1::StatusResponse| {
+        let directory = status.directory.as_ref().unwrap();
+        directory.carrier_ids.len() == 3 && directory.shipped_revision == directory.revision
+    };
+    let session = stage.session().await;
+    let grant = stage.grant(session, &[]).await.unwrap();
+    stage.write("/deleted", &grant, 0, &members(&grant)).await;
+    let carriers = stage.until("it is carried", is_carried).await.directory.unwrap().carrier_ids;
+    let place = |stage: &Stage, id: u64| stage.servers.iter().position(|server| server.id() == id).unwrap();
+    let away = [place(&stage, carriers[1]), place(&stage, carriers[2])];
+    away.iter().for_each(|place| stage.servers[*place].kill());
+    stage
+        .until("one of them is dead", |status| {
+            carriers.iter().any(|id| state_of(status, *id) == Some(v1::ServerState::Dead))
+        })
+        .await;
+    stage.delete("/deleted").await;
+    // Counted from the change, which is after the death: had somebody taken the place, it would be carried.
+    let status = stage
+        .until("the lag is shown", |status| {
+            let directory = status.directory.as_ref().unwrap();
+            directory.journal_lag_ms > directory.journal_lag_ms_max && directory.reason.contains("too few")
+        })
+        .await;
+    assert_eq!(status.directory.unwrap().carrier_ids, carriers);
+    // With one of them a majority is back, and the other is replaced without anybody's doing.
+    let uri = stage.uri.clone();
+    stage.servers[away[0]].start(&uri).await;
+    stage
+        .until("the fourth has taken the place of the one that is dead, and no alarm is left", |status| {
+            let directory = status.directory.as_ref().unwrap();
+            is_carried(status) && !directory.carrier_ids.contains(&carriers[2]) && directory.reason.is_empty()
+        })
+        .await;
+    // The two that were away are the first that an empty directory hears.
+    stage.stop().await;
+    stage.servers.iter_mut().for_each(fake::Fake::kill);
+    stage.again(SimDisk::new(2, 1 << 30)).await;
+    for place in away {
+        stage.servers[place].start(&uri).await;
+    }
+    stage
+        .until("one of the carriers is not enough", |status| {
+            status.directory.as_ref().is_some_and(|directory| directory.reason.contains("are needed"))
+        })
+        .await;
+    let first = place(&stage, carriers[0]);
+    stage.servers[first].start(&uri).await;
+    stage
+        .until("it serves", |status| {
+            status.directory.as_ref().is_some_and(|directory| directory.mode == "serving")
+        })
+        .await;
+    let request = v1::LookupRequest { path: "/deleted".into(), ..Default::default() };
+    let deleted = stage.directory().lookup(request).await.unwrap_err();
+    assert_eq!(Error::from(deleted).reason, Reason::NotFound);
+}
+
+/// Of two carriers one is away for good: only an operator can say so.
+#[tokio::test]
+async fn a_carrier_that_an_operator_gives_up_is_replaced_although_no_majority_is_left() {
+    let mut stage = Stage::start(2).await;
+    let is_carried = |status: &v1::StatusResponse| {
+        let directory = status.directory.as_ref().unwrap();
+        directory.carrier_ids.len() == 2 && directory.shipped_revision == directory.revision
+    };
+    stage.until("it is carried", is_carried).await;
+    let lost = stage.servers[0].id();
+    stage.servers[0].kill();
+    stage.until("it is silent", |status| state_of(status, lost) != Some(v1::ServerState::Live)).await;
+    stage.join().await;
+    // Something to carry.
+    let request =
+        v1::CreateRequest { path: "/d".into(), kind: v1::Kind::Directory as i32, ..Default::default() };
+    stage.directory().create(request).await.unwrap();
+    stage
+        .until("it is dead, and its place is not given", |status| {
+            let directory = status.directory.as_ref().unwrap();
+            state_of(status, lost) == Some(v1::ServerState::Dead)
+                && directory.journal_lag_ms > directory.journal_lag_ms_max
+                && directory.carrier_ids.contains(&lost)
+        })
+        .await;
+    stage.cluster().drain(v1::DrainRequest { server_id: lost, cancel: false }).await.unwrap();
+    stage
+        .until("the third carries instead", |status| {
+            is_carried(status) && !status.directory.as_ref().unwrap().carrier_ids.contains(&lost)
+        })
+        .await;
+    // Once the records name it no more, and that is carried too.
+    let mut forgotten = stage.cluster().forget(v1::ForgetRequest { server_id: lost }).await;
+    for _ in 0..500 {
+        let Err(refused) = forgotten else { break };
+        assert_eq!(Error::from(refused).reason, Reason::ConditionFailed);
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        forgotten = stage.cluster().forget(v1::ForgetRequest { server_id: lost }).await;
+    }
+    assert_eq!(state_of(&stage.status().await, lost), None);
+}
+
 #[tokio::test]
 async fn rebuilt_an_older_copy_of_the_store_gives_way_to_what_the_carriers_know() {
     let mut stage = Stage::start(3).await;

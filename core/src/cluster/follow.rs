@@ -14,12 +14,14 @@
 //! * Two quorums have a server in common, and it follows one life at a time: of two directories on copies of one store
 //!   one serves at most.
 //! * Every majority that holds an acknowledged and shipped change has a server in common with a quorum: an older copy
-//!   of the store finds out before it answers anybody.
+//!   of the store finds out before it answers anybody. While the carriers change, that takes a quorum of those before and of
+//!   those that follow ([`super::carriers`]).
 //! * A generation is bound to the id of the store that was made with it, so a number that was given twice (its first
 //!   bearer was lost before a quorum knew it) belongs to one of them only.
 //! * Nobody follows before a quorum was asked: a directory that finds out that it is behind has changed nothing.
 //! * Whoever follows a life refuses the orders of lower (generation, term).
 
+use super::carriers::Carriers;
 use cairn_proto::v1::{DirectoryLife, FollowOutcome, FollowResponse, JournalCopy};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -92,7 +94,7 @@ pub fn verdict(
     life: &DirectoryLife,
     revision: u64,
     base: Option<(u64, u64)>,
-    carriers: &[u64],
+    carriers: &Carriers,
     answers: &BTreeMap<u64, FollowResponse>,
 ) -> Verdict {
     for (server, answer) in answers {
@@ -141,7 +143,7 @@ pub fn verdict(
         .filter(|(_, answer)| answer.outcome() == FollowOutcome::Followed && !unreadable(answer))
         .map(|(server, _)| *server)
         .collect();
-    if is_quorum(carriers, &follow) {
+    if carriers.is_quorum(&follow) {
         return Verdict::Serve;
     }
     let held = answers.iter().find(|(_, answer)| answer.outcome() == FollowOutcome::Held);
@@ -153,13 +155,14 @@ pub fn verdict(
             answer.heard_ago_ms
         ));
     }
-    let missing: Vec<String> =
-        carriers.iter().filter(|carrier| !follow.contains(carrier)).map(u64::to_string).collect();
+    let all = carriers.all();
+    let missing: Vec<String> = all.difference(&follow).map(u64::to_string).collect();
+    let of = if carriers.is_changing() { " of those before their change and of those after it" } else { "" };
     Verdict::Wait(format!(
-        "{} of the {} carriers of the journal have said that they know nothing newer than this store, more than half \
-         are needed; waiting for server {} (ForceRebuild goes on without)",
+        "{} of the {} carriers of the journal have said that they know nothing newer than this store, more than half\
+         {of} are needed; waiting for server {} (ForceRebuild goes on without)",
         follow.len(),
-        carriers.len(),
+        all.len(),
         missing.join(" or ")
     ))
 }

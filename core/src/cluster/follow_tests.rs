@@ -12,6 +12,10 @@ fn life(generation: u64, store: &str, term: u64, process: &str, address: &str) -
     }
 }
 
+fn only(carriers: &[u64]) -> Carriers {
+    Carriers { now: carriers.to_vec(), before: Vec::new() }
+}
+
 fn answer(outcome: FollowOutcome, current: &DirectoryLife, revision: u64) -> FollowResponse {
     FollowResponse {
         outcome: outcome as i32,
@@ -75,7 +79,7 @@ fn it_serves_with_a_quorum_that_knows_nothing_newer() {
     let own = life(2, "s", 1, "p", "http://a");
     let followed = |revision| answer(FollowOutcome::Followed, &own, revision);
     let of = |answers: Vec<(u64, FollowResponse)>| {
-        verdict(&own, 100, None, &[1, 2, 3], &answers.into_iter().collect())
+        verdict(&own, 100, None, &only(&[1, 2, 3]), &answers.into_iter().collect())
     };
     let Verdict::Wait(why) = of(vec![(1, followed(90))]) else { panic!("one of three is not enough") };
     assert!(why.contains("2 or 3"), "{why}");
@@ -91,10 +95,25 @@ fn it_serves_with_a_quorum_that_knows_nothing_newer() {
 }
 
 #[test]
+fn while_the_carriers_change_a_quorum_of_each_set_is_needed() {
+    let own = life(2, "s", 1, "p", "http://a");
+    let changing = Carriers { now: vec![1, 4, 3], before: vec![1, 2, 3] };
+    let of = |servers: &[u64]| {
+        let answers = servers.iter().map(|server| (*server, answer(FollowOutcome::Followed, &own, 100)));
+        verdict(&own, 100, None, &changing, &answers.collect())
+    };
+    assert_eq!(of(&[1, 3]), Verdict::Serve);
+    assert_eq!(of(&[1, 2, 4]), Verdict::Serve);
+    let Verdict::Wait(why) = of(&[1, 4]) else { panic!("2 and 3 could follow another directory") };
+    assert!(why.contains("server 2 or 3"), "{why}");
+    assert!(matches!(of(&[2, 3]), Verdict::Wait(_)), "1 and 4 may know something newer");
+}
+
+#[test]
 fn who_hears_another_directory_is_named_and_nothing_is_rebuilt() {
     let own = life(2, "s", 1, "p", "http://b");
     let held = answer(FollowOutcome::Held, &life(2, "s", 7, "q", "http://a:1"), 900);
-    let Verdict::Wait(why) = verdict(&own, 100, None, &[1], &[(1, held)].into()) else {
+    let Verdict::Wait(why) = verdict(&own, 100, None, &only(&[1]), &[(1, held)].into()) else {
         panic!("it must wait")
     };
     assert!(why.contains("http://a:1"), "{why}");
@@ -107,7 +126,7 @@ fn a_rebuilt_store_does_not_begin_to_serve_when_the_one_before_went_on() {
         journals: vec![JournalCopy { generation, durable_revision, ..Default::default() }],
         ..answer(FollowOutcome::Followed, &own, 0)
     };
-    let of = |base, copy| verdict(&own, 105, base, &[1], &[(1, copy)].into());
+    let of = |base, copy| verdict(&own, 105, base, &only(&[1]), &[(1, copy)].into());
     assert_eq!(of(Some((1, 100)), with_copy(1, 100)), Verdict::Serve);
     assert!(matches!(of(Some((1, 100)), with_copy(1, 101)), Verdict::Behind(_)));
     assert_eq!(of(None, with_copy(1, 101)), Verdict::Serve, "it served: what was not shipped then is lost");

@@ -1,9 +1,9 @@
 //! Copies of the journal on file servers, so that the directory's whole store can be lost (promise REBUILT).
 //!
 //! Each carrier has a task that sends what is durable here as soon as it is, or a checkpoint where the carrier is too
-//! far behind. A change counts as shipped once a majority of the carriers hold it durably. Carriers are a record;
-//! after the first choice one is changed at a time, and only once the change before was shipped: every majority of
-//! the new carriers then contains one of the old that knows of the change, so that a rebuild finds the newest.
+//! far behind. A change counts as shipped once a majority of the carriers hold it durably; while the carriers
+//! themselves change, a majority of those before and of those after the change. Who they are is a record, and why
+//! that is enough for a rebuild to find the newest stands with the rule: [`cairn_core::cluster::carriers`].
 
 use crate::{
     claim,
@@ -11,10 +11,11 @@ use crate::{
     directory::Directory,
     store::{Checkpoint, JournalSlice, JournaledStore},
 };
+use cairn_core::cluster::carriers::Carriers;
 use cairn_proto::{
     Error, Reason, Result,
     id::{Revision, ServerId},
-    limits::{DATA_BYTES_MAX, JOURNAL_BATCH_BYTES_MAX, JOURNAL_CARRIERS},
+    limits::{DATA_BYTES_MAX, JOURNAL_BATCH_BYTES_MAX},
     v1,
 };
 use futures::StreamExt as _;
@@ -54,7 +55,7 @@ const CHECKPOINT_TIMEOUT: Duration = Duration::from_secs(600);
 /// How far each carrier is.
 #[derive(Debug, Default)]
 struct Progress {
-    durable: Mutex<BTreeMap<ServerId, Revision>>,
+    durable: Mutex<BTreeMap<u64, Revision>>,
     moved: Notify,
 }
 
@@ -71,28 +72,29 @@ pub async fn run(directory: Arc<Directory>, journal: Arc<JournaledStore>) {
         if unshipped.back().is_none_or(|(revision, _)| *revision < last) {
             unshipped.push_back((last, now));
         }
-        let carriers: Vec<ServerId> =
-            cluster.state.lock().settings.carriers.iter().map(|id| ServerId(*id)).collect();
-        let shipped = majority(&carriers, &progress.durable.lock());
+        let (carriers, released, reachable) = {
+            let state = cluster.state.lock();
+            let carriers = state.carriers();
+            let all = carriers.all().into_iter();
+            let reachable = all.filter(|carrier| state.is_reachable(ServerId(*carrier))).collect();
+            (carriers, state.released(), reachable)
+        };
+        let shipped = carriers.carried(&progress.durable.lock(), &released);
         while unshipped.front().is_some_and(|(revision, _)| *revision <= shipped) {
             unshipped.pop_front();
         }
         let lag = unshipped.front().map_or(Duration::ZERO, |(_, since)| now - *since);
-        let reachable = {
-            let state = cluster.state.lock();
-            carriers.iter().filter(|carrier| state.is_reachable(**carrier)).count()
-        };
         cluster.shipped.revision.store(shipped.0, Ordering::Relaxed);
         cluster.shipped.lag_ms.store(lag.as_millis() as u64, Ordering::Relaxed);
-        cluster.shipped.able.store(!carriers.is_empty() && reachable > carriers.len() / 2, Ordering::Relaxed);
+        cluster.shipped.able.store(carriers.is_carried(&reachable, &released), Ordering::Relaxed);
         if let Err(error) = choose(cluster, &carriers, shipped).await {
             tracing::debug!(%error, "the carriers could not be chosen, trying again");
         }
-        tasks.retain(|carrier, _| carriers.contains(carrier));
-        progress.durable.lock().retain(|carrier, _| carriers.contains(carrier));
-        for carrier in &carriers {
-            tasks.entry(*carrier).or_insert_with(|| {
-                let work = carry(directory.clone(), journal.clone(), *carrier, progress.clone());
+        tasks.retain(|carrier, _| carriers.names(carrier.0));
+        progress.durable.lock().retain(|carrier, _| carriers.names(*carrier));
+        for carrier in carriers.all().into_iter().map(ServerId) {
+            tasks.entry(carrier).or_insert_with(|| {
+                let work = carry(directory.clone(), journal.clone(), carrier, progress.clone());
                 AbortOnDropHandle::new(tokio::spawn(work))
             });
         }
@@ -103,71 +105,19 @@ pub async fn run(directory: Arc<Directory>, journal: Arc<JournaledStore>) {
     }
 }
 
-/// The newest revision that a majority holds.
-fn majority(carriers: &[ServerId], durable: &BTreeMap<ServerId, Revision>) -> Revision {
-    let mut held: Vec<Revision> =
-        carriers.iter().map(|carrier| durable.get(carrier).copied().unwrap_or_default()).collect();
-    held.sort_unstable_by(|one, other| other.cmp(one));
-    held.get(carriers.len() / 2).copied().unwrap_or_default()
-}
-
-/// Chooses carriers: all at once at first, then one at a time. A carrier that is being emptied makes place for a spare
-/// server, or, where there is none, for nobody, as long as others carry on.
-async fn choose(cluster: &Cluster, carriers: &[ServerId], shipped: Revision) -> Result<()> {
+/// Names other carriers where the rule says so.
+async fn choose(cluster: &Cluster, carriers: &Carriers, shipped: Revision) -> Result<()> {
     let next = {
         let state = cluster.state.lock();
-        if !carriers.is_empty() && state.settings_revision.is_some_and(|changed| shipped < changed) {
-            return Ok(());
-        }
-        let able = |id: &ServerId| {
-            state.servers.get(id).is_some_and(|member| member.standing.is_up() && member.standing.was_heard())
-        };
-        let lost = |id: &ServerId| {
-            state.servers.get(id).is_none_or(|member| {
-                member.standing.is_dead() || member.standing.is_gone() || member.standing.is_draining()
-            })
-        };
-        let leaving = |id: &ServerId| {
-            state
-                .servers
-                .get(id)
-                .is_some_and(|member| member.standing.is_draining() && !member.standing.is_dead())
-        };
-        let mut spare: Vec<(ServerId, u64)> = state
-            .servers
-            .iter()
-            .filter(|(id, _)| able(id) && !carriers.contains(id))
-            .map(|(id, member)| (*id, member.usage.free_bytes))
-            .collect();
-        spare.sort_by_key(|(id, free)| (std::cmp::Reverse(*free), *id));
-        let mut spare = spare.into_iter().map(|(id, _)| id);
-        let mut next = carriers.to_vec();
-        if carriers.is_empty() {
-            next.extend(spare.take(JOURNAL_CARRIERS));
-        } else if let Some(place) = next.iter().position(lost)
-            && let Some(newcomer) = spare.next()
-        {
-            next[place] = newcomer;
-        } else if let Some(place) = next.iter().position(leaving)
-            && next.iter().any(|id| !lost(id))
-        {
-            next.remove(place);
-        } else if carriers.len() < JOURNAL_CARRIERS {
-            next.extend(spare.next());
-        }
-        next
+        // The record was written again where other settings changed: waiting for that is waiting for more.
+        let changed = state.settings_revision.is_none_or(|changed| changed <= shipped);
+        carriers.next(&state.carrying(), changed)
     };
-    if next == carriers {
-        return Ok(());
-    }
+    let Some(next) = next else { return Ok(()) };
     let _changing = cluster.changing.lock().await;
-    let settings = {
-        let state = cluster.state.lock();
-        let mut settings = state.settings.clone();
-        settings.carriers = next.iter().map(|id| id.0).collect();
-        settings
-    };
-    tracing::info!(carriers = ?settings.carriers, "the journal's carriers change");
+    tracing::info!(carriers = ?next.now, before = ?next.before, "the journal's carriers change");
+    let mut settings = cluster.state.lock().settings.clone();
+    next.name_in(&mut settings);
     cluster.apply(Change { settings: Some(settings), ..Change::default() }).await.map(|_| ())
 }
 
@@ -265,7 +215,7 @@ async fn follow(
     }
 }
 
-/// The carriers, for a copy that holds the record which names them. One that names later ones than it holds would be
+/// The carriers from now on, for a copy that holds the record which names them. One that names later ones than it holds would be
 /// believed with too few others: what the carriers before acknowledged could be missing.
 fn carriers_at(cluster: &Cluster, reached: Revision) -> Vec<u64> {
     let state = cluster.state.lock();
@@ -277,7 +227,7 @@ fn carriers_at(cluster: &Cluster, reached: Revision) -> Vec<u64> {
 
 fn note(progress: &Progress, carrier: ServerId, at: Option<Revision>) {
     if let Some(at) = at {
-        progress.durable.lock().insert(carrier, at);
+        progress.durable.lock().insert(carrier.0, at);
         progress.moved.notify_one();
     }
 }
@@ -353,22 +303,4 @@ async fn send_entries(
     message.entry_count = Some(count);
     let _ = send.send(message).await;
     Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_change_is_shipped_when_a_majority_holds_it() {
-        let held = |list: &[(u64, u64)]| {
-            list.iter().map(|(id, revision)| (ServerId(*id), Revision(*revision))).collect::<BTreeMap<_, _>>()
-        };
-        let three = [ServerId(1), ServerId(2), ServerId(3)];
-        assert_eq!(majority(&three, &held(&[(1, 9), (2, 5), (3, 2)])), Revision(5));
-        assert_eq!(majority(&three, &held(&[(1, 9)])), Revision(0));
-        assert_eq!(majority(&three[..2], &held(&[(1, 9), (2, 5)])), Revision(5));
-        assert_eq!(majority(&three[..1], &held(&[(1, 9)])), Revision(9));
-        assert_eq!(majority(&[], &held(&[])), Revision(0));
-    }
 }

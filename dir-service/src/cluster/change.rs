@@ -311,7 +311,8 @@ impl Cluster {
             let state = self.state.lock();
             // Its successor knows that it is one before the server may go.
             let carried = state.settings_revision.is_none_or(|changed| changed <= carried);
-            let carries = |id: ServerId| state.settings.carriers.contains(&id.0) || !carried;
+            let carriers = state.carriers();
+            let carries = |id: ServerId| carriers.names(id.0) || !carried;
             let needed = |id: ServerId| {
                 let dead = state.servers.get(&id).is_some_and(|member| member.standing.is_dead());
                 // Whoever is dead carries nothing any more, whatever the records say.
@@ -371,7 +372,7 @@ impl Cluster {
                 answers: member.standing.is_reachable(),
                 seats: groups().filter(|group| group.seats.contains(&id.0)).count(),
                 left: groups().filter(|group| group.former.contains(&id.0)).count(),
-                carries: state.settings.carriers.contains(&id.0) || !settled,
+                carries: state.carriers().names(id.0) || !settled,
             };
             if let Some(why) = must_stay(ties) {
                 let message = format!("server {id} cannot be forgotten: {why}");

@@ -5,6 +5,7 @@ use crate::ops::view::Stored;
 use cairn_core::{
     cluster::{
         Candidate, Placed,
+        carriers::{self, Carriers},
         server::{Deaths, Standing},
     },
     record,
@@ -105,6 +106,34 @@ impl State {
     /// A server as others see it.
     pub fn server(&self, id: ServerId) -> Option<v1::Server> {
         self.servers.get(&id).map(|member| server_to_wire(id, member))
+    }
+
+    /// Who carries the journal.
+    pub fn carriers(&self) -> Carriers {
+        Carriers::of(&self.settings)
+    }
+
+    /// Servers as the choice of carriers sees them.
+    pub fn carrying(&self) -> BTreeMap<u64, carriers::Server> {
+        let server = |(id, member): (&ServerId, &Member)| {
+            let standing = &member.standing;
+            let server = carriers::Server {
+                able: standing.is_up() && standing.was_heard(),
+                answers: standing.is_reachable() && standing.was_heard(),
+                lost: standing.is_dead() || standing.is_gone() || standing.is_draining(),
+                leaves: standing.is_draining() || standing.is_gone(),
+                given_up: standing.is_gone(),
+                free_bytes: member.usage.free_bytes,
+            };
+            (id.0, server)
+        };
+        self.servers.iter().map(server).collect()
+    }
+
+    /// Servers that an operator gave up, or that were emptied: nobody waits for them.
+    pub fn released(&self) -> BTreeSet<u64> {
+        let gone = self.servers.iter().filter(|(_, member)| member.standing.is_gone());
+        gone.map(|(id, _)| id.0).collect()
     }
 
     /// Servers that may take new chunks.

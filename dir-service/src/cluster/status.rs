@@ -71,7 +71,7 @@ impl Cluster {
                 journal_lag_ms_max: self.config.timing.journal_lag_ms_max,
                 carrier_ids: state.settings.carriers.clone(),
                 mode: "serving".into(),
-                reason: self.alarm(),
+                reason: self.alarm(&state),
                 ..Default::default()
             }),
             reclaimable_bytes,
@@ -180,7 +180,7 @@ impl Cluster {
                 former.len()
             ));
         }
-        if state.settings.carriers.contains(&id.0) {
+        if state.carriers().names(id.0) {
             waits.push(
                 "it carries the directory's journal until another server does, or the rest is enough".into(),
             );
@@ -189,15 +189,30 @@ impl Cluster {
     }
 
     /// What an operator should know.
-    fn alarm(&self) -> String {
+    fn alarm(&self, state: &State) -> String {
         let lag_ms = self.shipped.lag_ms.load(Ordering::Relaxed);
         if lag_ms <= self.config.timing.journal_lag_ms_max {
             return String::new();
         }
         let why = if self.shipped.able.load(Ordering::Relaxed) {
-            "commits wait for them"
+            "commits wait for them".to_owned()
         } else {
-            "too few file servers live to carry it: losing the directory's disk now would lose these changes"
+            let silent: Vec<String> = state
+                .carriers()
+                .all()
+                .into_iter()
+                .filter(|carrier| !state.is_reachable(ServerId(*carrier)))
+                .map(|carrier| carrier.to_string())
+                .collect();
+            let waits = match silent.is_empty() {
+                true => "until there are some, losing the directory's disk would lose everything".to_owned(),
+                false => format!(
+                    "losing the directory's disk now would lose these changes. Others can take over once more than half of \
+                     them answer: start server {}, or drain one that never returns",
+                    silent.join(" or ")
+                ),
+            };
+            format!("too few file servers live to carry it: {waits}")
         };
         format!("the journal's copies on the file servers lag {lag_ms} ms behind: {why}")
     }

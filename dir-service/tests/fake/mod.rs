@@ -407,7 +407,9 @@ impl ReplicaService for Handler {
         }
         journal.durable = request.records.last().map_or(journal.durable, |record| record.revision);
         journal.records.extend(request.records);
-        journal.carriers = request.carrier_ids;
+        if !request.carrier_ids.is_empty() {
+            journal.carriers = request.carrier_ids;
+        }
         Ok(Response::new(v1::AppendJournalResponse { durable_revision: journal.durable }))
     }
 

@@ -284,3 +284,30 @@ fn locks_that_outlive_their_runtime_are_dropped_without_a_panic() {
     drop(runtime);
     drop((lock, file, client));
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_task_that_waits_for_a_lock_does_not_stop_the_others() {
+    let cluster = Cluster::start(3);
+    let client = cluster.client();
+    let lock = client.lock("/file", LockOptions::new()).await.unwrap();
+    let waiting = tokio::spawn({
+        let client = client.clone();
+        async move { client.lock("/file", LockOptions::new().wait(SOON * 10)).await }
+    });
+    eventually("it asks for the lock", || cluster.calls("Lock").len() == 2).await;
+    // Time goes on only while nothing else does.
+    let began = tokio::time::Instant::now();
+    let made = futures::stream::iter(0..2_000)
+        .map(|number| {
+            let client = client.clone();
+            async move { client.create(&format!("/{number}")).await }
+        })
+        .buffer_unordered(16);
+    made.for_each(|made| async move { drop(made.unwrap()) }).await;
+    lock.unlock().await.unwrap();
+    waiting.await.unwrap().unwrap();
+    assert!(began.elapsed() < Duration::from_secs(1), "it took {:?}", began.elapsed());
+    let mut asked = cluster.calls("Lock");
+    asked.dedup();
+    assert_eq!(asked.len(), 2, "the wait was not broken off");
+}

@@ -3,7 +3,7 @@
 use crate::{
     client::{Client, Core},
     directory,
-    lock::Wish,
+    lock::{Hold, Wish},
     options::{Condition, WriteOptions},
     read::{PIECE_BYTES_MAX, Sought},
     write::{chunk::Sealed, commit::replace_all, grants::Placement, store::Stored},
@@ -412,10 +412,11 @@ impl Core {
             (Some(_), 0) => self.placement(&FilePath::parse(path)?).await?,
             (Some(_), replication) => Placement { replication, path: path.to_owned() },
         };
-        let mut token = options.token;
-        let mut own = false;
+        // However this ends, also by the caller giving up: a lock that was waited for is given back.
+        let mut own: Option<Hold> = None;
         let mut rewrites = 0;
         let answer = loop {
+            let token = own.as_ref().map(Hold::token).or(options.token);
             let stored = match sealed {
                 Some(sealed) => match self.store(sealed, &placement, None).await {
                     Ok(stored) => Some(stored),
@@ -429,7 +430,7 @@ impl Core {
                 edits: edits(stored.as_ref()),
                 receipts: stored.iter().map(|stored| stored.receipt.clone()).collect(),
                 condition: options.wire_condition(),
-                unlock: own,
+                unlock: own.is_some(),
                 mode: options.mode,
                 mtime_ns: options.mtime_ns,
                 xattrs: options.xattrs.clone(),
@@ -452,16 +453,15 @@ impl Core {
                         owner: self.sessions.owner().to_owned(),
                         grant_for: None,
                     };
-                    token = Some(self.acquire(wish).await?.token);
-                    own = true;
+                    own = Some(self.acquire(wish).await?.hold);
                 }
                 answer => break answer,
             }
         };
-        if let (Err(_), true, Some(token)) = (&answer, own, token) {
-            self.release_later(path.to_owned(), token);
-        }
         let attributes = answer.map_err(|error| error.at(path))?.attributes.unwrap_or_default();
+        if let Some(hold) = &own {
+            hold.forget();
+        }
         if attributes.replication != 0 {
             self.placements.insert(path.to_owned(), (attributes.replication, Instant::now()));
         }

@@ -21,20 +21,76 @@ use std::{
     },
     time::Duration,
 };
-use tokio::{sync::oneshot, time::Instant};
+use tokio::{runtime::Handle, sync::oneshot, time::Instant};
 use tokio_util::sync::CancellationToken;
 
 /// Longest that the directory is asked to wait in one call, so that a lost answer is noticed.
 const WAIT_STEP: Duration =
     Duration::from_millis(if limits::LOCK_WAIT_MS_MAX < 10_000 { limits::LOCK_WAIT_MS_MAX } else { 10_000 });
 
+/// Between two attempts to give a lock back that nobody holds any more.
+const RELEASE_PAUSE: Duration = Duration::from_secs(1);
+
 /// A lock that was granted.
 #[derive(Debug)]
 pub(crate) struct Granted {
-    pub token: FencingToken,
+    pub hold: Hold,
     pub attributes: Option<v1::Attributes>,
-    pub session: Arc<Session>,
     pub revision: u64,
+}
+
+/// A lock that is held. Dropped before it was given back, it is given back in the background: the session would keep it
+/// for as long as the client lives.
+#[derive(Debug)]
+pub(crate) struct Hold {
+    core: Arc<Core>,
+    path: String,
+    token: FencingToken,
+    session: Arc<Session>,
+    /// Whether the directory answered that it is over.
+    done: AtomicBool,
+    /// Where to give it back, since it may be dropped outside of any runtime.
+    runtime: Option<Handle>,
+}
+
+impl Hold {
+    fn new(core: Arc<Core>, path: String, token: FencingToken, session: Arc<Session>) -> Self {
+        let runtime = Handle::try_current().ok();
+        Self { core, path, token, session, done: AtomicBool::new(false), runtime }
+    }
+
+    /// Proves it.
+    pub fn token(&self) -> FencingToken {
+        self.token
+    }
+
+    /// Gives it back; says whether it was held until then. Cancelled, or without an answer, it is still to be given
+    /// back: twice does no harm.
+    ///
+    /// # Errors
+    /// As [`Core::release`].
+    pub async fn release(&self) -> Result<bool> {
+        let held = self.core.release(&self.path, self.token).await?;
+        self.forget();
+        Ok(held)
+    }
+
+    /// It is over already: a commit gave it back.
+    pub fn forget(&self) {
+        self.done.store(true, Ordering::Release);
+    }
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        if self.done.load(Ordering::Acquire) || self.session.is_ended() {
+            return;
+        }
+        // A runtime that is stopping drops the task unrun; the session ends with the client then.
+        let Some(runtime) = self.runtime.take().or_else(|| Handle::try_current().ok()) else { return };
+        let (core, session) = (self.core.clone(), self.session.clone());
+        runtime.spawn(core.release_at_last(std::mem::take(&mut self.path), self.token, session));
+    }
 }
 
 /// What is asked for.
@@ -59,18 +115,18 @@ impl Core {
         let (sender, receiver) = oneshot::channel();
         let core = self.clone();
         tokio::spawn(async move {
-            let path = wish.path.clone();
             let granted = core.acquire_now(wish, &sender).await;
-            if let Err(Ok(granted)) = sender.send(granted)
-                && let Err(error) = core.release(&path, granted.token).await
-            {
-                tracing::warn!(path, %error, "a lock was not given back, it ends with its session");
-            }
+            // Whoever drops what was sent gives the lock back: here, or in the channel when nobody takes it out.
+            drop(sender.send(granted));
         });
         receiver.await.unwrap_or_else(|_| Err(Error::unavailable("the runtime is stopping")))
     }
 
-    async fn acquire_now(&self, wish: Wish, asker: &oneshot::Sender<Result<Granted>>) -> Result<Granted> {
+    async fn acquire_now(
+        self: &Arc<Self>,
+        wish: Wish,
+        asker: &oneshot::Sender<Result<Granted>>,
+    ) -> Result<Granted> {
         let end = Instant::now() + wish.wait;
         loop {
             let step = end.saturating_duration_since(Instant::now()).min(WAIT_STEP);
@@ -103,16 +159,14 @@ impl Core {
                         // The session ended right behind the grant, and the lock with it.
                         continue;
                     }
+                    let token = convert::required(answer.token, "token")?.into();
+                    // First of all: whatever fails from here on gives the lock back.
+                    let hold = Hold::new(self.clone(), wish.path.clone(), token, session.clone());
                     if let (Some(grant), Some(replication)) = (answer.grant, wish.grant_for) {
                         self.learn(grant.group.as_slice(), &grant.members);
                         session.grants.add(replication, grant)?;
                     }
-                    return Ok(Granted {
-                        token: convert::required(answer.token, "token")?.into(),
-                        attributes: answer.attributes,
-                        session,
-                        revision: answer.revision,
-                    });
+                    return Ok(Granted { hold, attributes: answer.attributes, revision: answer.revision });
                 }
                 Err(error)
                     if error.reason == Reason::LockHeld && Instant::now() < end && !asker.is_closed() =>
@@ -150,15 +204,30 @@ impl Core {
         }
     }
 
-    /// Gives a lock back in the background, from a place that cannot wait.
-    pub fn release_later(self: &Arc<Self>, path: String, token: FencingToken) {
-        let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
-        let core = self.clone();
-        runtime.spawn(async move {
-            if let Err(error) = core.release(&path, token).await {
-                tracing::warn!(path, %error, "a lock was not given back, it ends with its session");
+    /// Gives a lock back, however long the directory cannot be reached: nobody else does before its session ends.
+    async fn release_at_last(self: Arc<Self>, path: String, token: FencingToken, session: Arc<Session>) {
+        let (this, mut core) = (Arc::downgrade(&self), self);
+        loop {
+            let error = match core.release(&path, token).await {
+                Ok(_) => return,
+                Err(error) => error,
+            };
+            if !error.reason.is_transient() && error.reason != Reason::OutcomeUnknown {
+                if !session.is_ended() {
+                    tracing::warn!(path, %error, "a lock was not given back, it ends with its session");
+                }
+                return;
             }
-        });
+            tracing::debug!(path, %error, "a lock is given back later");
+            // A client that is dropped meanwhile ends its session.
+            drop(core);
+            tokio::time::sleep(RELEASE_PAUSE).await;
+            if session.is_ended() {
+                return;
+            }
+            let Some(again) = this.upgrade() else { return };
+            core = again;
+        }
     }
 }
 
@@ -168,12 +237,9 @@ impl Core {
 /// only grows from holder to holder. Cairn itself refuses commits of former holders in any case.
 #[derive(Debug)]
 pub struct Lock {
-    client: Client,
-    path: String,
     mode: LockMode,
     granted: Granted,
     lost: CancellationToken,
-    released: AtomicBool,
     /// The file it is on, 0 as long as none was seen: a reservation moves to the file that is made under it.
     inode: Arc<AtomicU64>,
 }
@@ -242,25 +308,17 @@ impl Client {
         let core = self.core();
         let granted = core
             .acquire(Wish {
-                path: path.clone(),
+                path,
                 mode: options.mode,
                 wait: options.wait,
                 owner: options.owner.unwrap_or_else(|| core.sessions.owner().to_owned()),
                 grant_for: None,
             })
             .await?;
-        let lost = granted.session.doubtful().child_token();
+        let lost = granted.hold.session.doubtful().child_token();
         let inode = granted.attributes.as_ref().map_or(0, |attributes| attributes.inode);
         let inode = Arc::new(AtomicU64::new(inode));
-        let lock = Lock {
-            client: self.clone(),
-            path,
-            mode: options.mode,
-            granted,
-            lost,
-            released: AtomicBool::new(false),
-            inode,
-        };
+        let lock = Lock { mode: options.mode, granted, lost, inode };
         lock.watch();
         Ok(lock)
     }
@@ -269,7 +327,7 @@ impl Client {
 impl Lock {
     /// The path by which it was taken.
     pub fn path(&self) -> &str {
-        &self.path
+        &self.granted.hold.path
     }
 
     /// How it excludes others.
@@ -279,7 +337,7 @@ impl Lock {
 
     /// Proves it at commit, rename and delete.
     pub fn token(&self) -> FencingToken {
-        self.granted.token
+        self.granted.hold.token
     }
 
     /// The file when the lock was granted; nothing when the name did not exist.
@@ -295,7 +353,7 @@ impl Lock {
     /// Whether somebody else may hold it by now: the session ended, was not confirmed for its whole TTL, or an
     /// operator took the lock away.
     pub fn is_lost(&self) -> bool {
-        self.lost.is_cancelled() || self.granted.session.is_unconfirmed()
+        self.lost.is_cancelled() || self.granted.hold.session.is_unconfirmed()
     }
 
     /// Waits until it is lost.
@@ -309,29 +367,29 @@ impl Lock {
     /// # Errors
     /// `LOCK_LOST` when it was lost before; as `DirectoryService.Unlock`.
     pub async fn unlock(self) -> Result<()> {
-        self.released.store(true, Ordering::Relaxed);
-        let core = self.client.core();
-        if core.release(&self.path, self.granted.token).await? {
+        let hold = &self.granted.hold;
+        if hold.release().await? {
             return Ok(());
         }
         let inode = self.inode.load(Ordering::Relaxed);
-        if core.fate(&self.path, self.granted.token, inode).await? != Fate::Lost {
+        if hold.core.fate(&hold.path, hold.token, inode).await? != Fate::Lost {
             return Ok(());
         }
         Err(Error::new(
             Reason::LockLost,
-            format!("the lock on {} was lost before it was given back", self.path),
+            format!("the lock on {} was lost before it was given back", hold.path),
         )
-        .at(self.path.as_str()))
+        .at(hold.path.as_str()))
     }
 
     /// Asks now and then whether it is still held: an operator may have taken it away. It ends with the lock; a lock
     /// whose file was removed under its own token is watched no longer.
     fn watch(&self) {
         let lost = self.lost.clone();
-        let session = self.granted.session.clone();
-        let core = Arc::downgrade(self.client.core());
-        let (path, token, inode) = (self.path.clone(), self.granted.token, self.inode.clone());
+        let hold = &self.granted.hold;
+        let session = hold.session.clone();
+        let core = Arc::downgrade(&hold.core);
+        let (path, token, inode) = (hold.path.clone(), hold.token, self.inode.clone());
         tokio::spawn(async move {
             loop {
                 tokio::select! {
@@ -375,10 +433,7 @@ impl Lock {
 
 impl Drop for Lock {
     fn drop(&mut self) {
-        // Ends the task that watches it.
+        // Ends the task that watches it. What is not given back is so by the hold.
         self.lost.cancel();
-        if !self.released.load(Ordering::Relaxed) && !self.granted.session.is_ended() {
-            self.client.core().release_later(self.path.clone(), self.granted.token);
-        }
     }
 }

@@ -321,10 +321,8 @@ impl Sessions {
     }
 
     async fn open(&self) -> Result<Arc<Session>> {
-        let bits = u128::from(self.retry.random()) << 64 | u128::from(self.retry.random());
-        let uuid = uuid::Builder::from_random_bytes(bits.to_be_bytes()).into_uuid().to_string();
         let message = v1::OpenRequest {
-            request_id: Some(v1::RequestId { uuid, ..Default::default() }),
+            request_id: Some(self.unnumbered(SessionId(0))),
             ttl_ms: self.ttl.as_millis() as u64,
             owner: self.owner.clone(),
         };
@@ -361,8 +359,20 @@ impl Sessions {
         Ok(session)
     }
 
+    /// A request id outside of the numbers of `session`; two sessions never make the same one, also where random choices
+    /// are seeded alike.
+    fn unnumbered(&self, session: SessionId) -> v1::RequestId {
+        let (high, low) = (self.retry.random(), self.retry.random() ^ session.0);
+        let bits = u128::from(high) << 64 | u128::from(low);
+        let uuid = uuid::Builder::from_random_bytes(bits.to_be_bytes()).into_uuid().to_string();
+        v1::RequestId { uuid, ..Default::default() }
+    }
+
     /// Makes a mutating call with a request id of the session: repeated with the same id when the answer is lost,
     /// and once more with a new session when the directory says that the old one ended before the call.
+    ///
+    /// A call for which the directory may wait for `extra` is not numbered but named by a UUID: others must not wait for
+    /// it, see [`WINDOW`], and it may itself wait for one of them, such as the unlock that lets it go on.
     ///
     /// # Errors
     /// As the call; `OUTCOME_UNKNOWN` when the session ended so long after the first attempt that the directory may
@@ -407,8 +417,12 @@ impl Sessions {
         let mut sessions_left = 3;
         loop {
             let session = self.get().await?;
-            let ticket = session.ticket().await;
-            let message = build(ticket.id(), &session);
+            let ticket = match extra.is_zero() {
+                true => Some(session.ticket().await),
+                false => None,
+            };
+            let id = ticket.as_ref().map_or_else(|| self.unnumbered(session.id), Ticket::id);
+            let message = build(id, &session);
             let began = Instant::now();
             match self.directory.call_with(extra, message, &method).await {
                 Err(error) if error.reason == Reason::SessionExpired => {

@@ -13,6 +13,7 @@
 //! | [`journal`] | carries the directory's journal |
 //! | [`directory`], [`background`] | register, say that the server lives, verify, give room back |
 //! | [`grpc`], [`metrics`] | the wire, and figures |
+//! | [`places`] | bounds the calls under way |
 //! | [`node`] | what all of them share |
 
 pub mod app;
@@ -30,6 +31,7 @@ pub mod journal;
 pub mod metrics;
 pub mod node;
 pub mod peers;
+pub mod places;
 pub mod receive;
 mod record_file;
 pub mod replicate;

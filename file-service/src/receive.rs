@@ -1,11 +1,14 @@
 //! Receives chunks from a stream: bytes of the next chunk are taken in while earlier ones become durable.
 //!
 //! What is bounded, and how: chunks of one stream whose durability is awaited ([`CHUNKS_IN_FLIGHT_MAX`]), and bytes
-//! held for all streams together ([`HELD_BYTES_MAX`]). Beyond, the sender is slowed down by not reading on.
+//! held for all streams together ([`HELD_BYTES_MAX`]). Beyond, the sender is slowed down by not reading on. A stream that
+//! carries nothing has no place among the calls under way; it takes one with its next message, and a chunk that does not
+//! go on for [`CHUNK_PAUSE_MAX`] is given up, so that none is kept for ever.
 
 use crate::{
     chunks::{ChunkStore, ChunkWriter},
     ingest::{Begin, Finish, Ingest, Part, Sender},
+    places::Turn,
 };
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -21,6 +24,7 @@ use parking_lot::Mutex;
 use std::{
     collections::{BTreeMap, HashMap},
     sync::Arc,
+    time::Duration,
 };
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore, mpsc},
@@ -32,6 +36,8 @@ use tracing::Instrument as _;
 
 /// Chunks of one stream that wait to be durable; the next one is not read before one of them is.
 pub const CHUNKS_IN_FLIGHT_MAX: usize = 64;
+/// Longest pause between two messages of one chunk.
+pub const CHUNK_PAUSE_MAX: Duration = Duration::from_secs(30);
 /// Bytes of all streams that are in memory until they are on their way to the disk; half for clients', half for
 /// primaries' streams.
 pub const HELD_BYTES_MAX: usize = 256 * DATA_BYTES_MAX;
@@ -130,11 +136,12 @@ pub enum Answer {
 /// Receives a stream until it ends; answers go to `answers`, whose closing means that the caller has gone.
 ///
 /// A client's stream ends with its first failing chunk, after the receipts of all chunks before it. A primary's stream
-/// goes on after a refused chunk.
+/// goes on after a refused chunk. `turn` is the call's place, which is given back while the stream is idle.
 pub async fn receive<S>(
     receiving: Arc<Receiving>,
     receiver: Arc<dyn Receive>,
     sender: Sender,
+    turn: Turn,
     inbound: S,
     answers: mpsc::Sender<Answer>,
 ) where
@@ -143,6 +150,7 @@ pub async fn receive<S>(
     let mut run = Run {
         ingest: Ingest::new(sender),
         sender,
+        turn,
         receiving: receiving.clone(),
         receiver,
         current: None,
@@ -167,6 +175,10 @@ pub async fn receive<S>(
         if !is_open && run.finishing.is_empty() {
             break;
         }
+        if is_idle {
+            run.turn.leave();
+        }
+        let in_chunk = run.current.is_some();
         let answer = tokio::select! {
             biased;
             () = answers.closed() => break,
@@ -187,6 +199,7 @@ pub async fn receive<S>(
                     None
                 }
             },
+            () = tokio::time::sleep(CHUNK_PAUSE_MAX), if may_read && in_chunk => run.stalled(),
             () = receiving.draining.cancelled(), if is_idle => {
                 if sender == Sender::Client {
                     let _ = answers.send(Answer::Failed(Error::unavailable("the server is stopping"))).await;
@@ -209,6 +222,7 @@ type Done = (u64, ChunkId, Result<v1::Receipt>);
 struct Run {
     ingest: Ingest,
     sender: Sender,
+    turn: Turn,
     receiving: Arc<Receiving>,
     receiver: Arc<dyn Receive>,
     current: Option<Current>,
@@ -250,7 +264,16 @@ impl Run {
         }
     }
 
+    /// The chunk under way does not go on.
+    fn stalled(&mut self) -> Option<Answer> {
+        let chunk = self.current.as_ref().map(|current| current.chunk).unwrap_or_default();
+        self.give_up();
+        let why = format!("the rest of chunk {chunk} did not come within {CHUNK_PAUSE_MAX:?}");
+        self.fail(self.number, chunk, Error::new(Reason::DeadlineExceeded, why))
+    }
+
     async fn try_take(&mut self, message: v1::WriteRequest) -> Result<()> {
+        self.turn.enter()?;
         let part = self.ingest.take(message)?;
         let held = self.receiving.hold(self.sender, part.data.len()).await?;
         if let Some(begin) = part.begin {
@@ -390,8 +413,10 @@ pub fn receipt(begin: Begin, length: u64, checksum: u64, holders: Vec<ServerId>)
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::time::Duration;
+    use crate::places::{Place, Places};
+    use cairn_proto::{checksum::crc64, net::Answers};
     use tokio::time::timeout;
+    use tokio_stream::wrappers::ReceiverStream;
 
     const LONG: Duration = Duration::from_secs(60);
 
@@ -405,5 +430,117 @@ mod tests {
         assert!(timeout(LONG, receiving.hold(Sender::Primary, 1)).await.is_err(), "primaries have no more");
         drop((all, primaries));
         drop(timeout(LONG, receiving.hold(Sender::Client, 1)).await.expect("given back").unwrap());
+    }
+
+    /// Takes every chunk, and stores none.
+    struct Nowhere;
+
+    #[async_trait]
+    impl Receive for Nowhere {
+        async fn begin(&self, begin: Begin, _: &Part) -> Result<Box<dyn Intake>> {
+            Ok(Box::new(Nothing(begin)))
+        }
+    }
+
+    struct Nothing(Begin);
+
+    #[async_trait]
+    impl Intake for Nothing {
+        async fn part(&mut self, _: &Part) -> Result<()> {
+            Ok(())
+        }
+
+        async fn finish(self: Box<Self>, finish: Finish) -> Result<v1::Receipt> {
+            Ok(receipt(self.0, finish.length, finish.checksum, Vec::new()))
+        }
+    }
+
+    /// A client's stream: what is sent, what is answered, and the call's place.
+    struct Stream {
+        messages: mpsc::Sender<Result<v1::WriteRequest, Status>>,
+        answers: mpsc::Receiver<Answer>,
+        _place: Arc<Place>,
+    }
+
+    impl Stream {
+        fn start(places: &Places) -> Self {
+            let place = Arc::new(places.take().unwrap());
+            let (messages, inbound) = mpsc::channel(4);
+            let (sender, answers) = mpsc::channel(4);
+            let receiving = Arc::new(Receiving::default());
+            let inbound = ReceiverStream::new(inbound);
+            let turn = Turn::of(&place);
+            tokio::spawn(receive(receiving, Arc::new(Nowhere), Sender::Client, turn, inbound, sender));
+            Self { messages, answers, _place: place }
+        }
+
+        /// Sends one half of a chunk of 8 KiB.
+        async fn half(&self, second: bool) {
+            let data = vec![7; 4_096];
+            let whole = [&data[..], &data[..]].concat();
+            let finish = v1::WriteFinish { length: 8_192, checksum: Some(crc64(&whole)) };
+            let message = match second {
+                true => v1::WriteRequest { offset: 4_096, finish: Some(finish), ..Default::default() },
+                false => v1::WriteRequest {
+                    chunk: Some(ChunkId::new(5, 6).into()),
+                    group_id: 1,
+                    epoch: 1,
+                    ..Default::default()
+                },
+            };
+            self.messages.send(Ok(v1::WriteRequest { data: data.into(), ..message })).await.unwrap();
+        }
+
+        /// Why the stream ended.
+        async fn failed(&mut self) -> Error {
+            match self.answers.recv().await {
+                Some(Answer::Failed(error)) => error,
+                other => panic!("not the end: {other:?}"),
+            }
+        }
+    }
+
+    /// Waits until a place is free, or none is.
+    async fn until_free(places: &Places, wanted: bool) {
+        for _ in 0..1_000 {
+            if places.take().is_ok() == wanted {
+                return;
+            }
+            tokio::task::yield_now().await;
+        }
+        panic!("a place is free: never {wanted}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_stream_has_a_place_while_it_carries_a_chunk_and_no_longer() {
+        let places = Places::new(1, Answers::default());
+        let mut streams = Vec::new();
+        for _ in 0..3 {
+            until_free(&places, true).await;
+            streams.push(Stream::start(&places));
+        }
+        until_free(&places, true).await;
+        streams[0].half(false).await;
+        until_free(&places, false).await;
+        streams[1].half(false).await;
+        let error = streams[1].failed().await;
+        assert_eq!(error.reason, Reason::Overloaded);
+        assert!(error.detail.retry_after_ms > 0);
+        streams[0].half(true).await;
+        let answer = streams[0].answers.recv().await;
+        assert!(matches!(answer, Some(Answer::Receipt(_))), "{answer:?}");
+        until_free(&places, true).await;
+        streams[2].half(false).await;
+        until_free(&places, false).await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_chunk_that_does_not_go_on_ends_its_stream() {
+        let places = Places::new(1, Answers::default());
+        let mut stream = Stream::start(&places);
+        stream.half(false).await;
+        let error = timeout(2 * CHUNK_PAUSE_MAX, stream.failed()).await.expect("it ends");
+        assert_eq!(error.reason, Reason::DeadlineExceeded);
+        assert!(stream.answers.recv().await.is_none(), "the call is over, and its place with it");
     }
 }

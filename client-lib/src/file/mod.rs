@@ -232,10 +232,8 @@ impl OpenOptions {
                     owner: core.sessions.owner().to_owned(),
                     grant_for: Some(placement.replication),
                 };
-                let granted = core.acquire(wish).await?;
-                let token = granted.token;
-                own = Some(write::Hold::new(core.clone(), shown.clone(), granted.token));
-                token
+                let hold = core.acquire(wish).await?.hold;
+                own.insert(hold).token()
             }
         };
         // Under the lock the version cannot change any more. An early return gives the lock back.

@@ -3,6 +3,7 @@
 use crate::{
     client::Core,
     file::{body::Body, overlay::Overlay},
+    lock::Hold,
     options::WriteOptions,
     read::{PIECE_BYTES_MAX, plan},
     segments::Segments,
@@ -16,10 +17,7 @@ use cairn_proto::{
     limits,
     v1::{self, Attributes},
 };
-use std::sync::{
-    Arc,
-    atomic::{AtomicBool, Ordering},
-};
+use std::sync::Arc;
 use tokio::sync::OwnedSemaphorePermit;
 
 /// Chunks of one handle that are sealed and not yet durable.
@@ -30,40 +28,6 @@ const CHUNKS_BEFORE_DOUBLING: usize = limits::COMMIT_RECEIPTS_MAX / 4;
 const CHUNKS_BEFORE_ROWS: usize = 8;
 /// Times that chunks are copied because their grant was closed before the commit.
 const REWRITES_MAX: usize = 3;
-
-/// A lock that the handle took itself; it is given back at the latest when this is dropped.
-#[derive(Debug)]
-pub(crate) struct Hold {
-    core: Arc<Core>,
-    path: String,
-    token: FencingToken,
-    done: AtomicBool,
-}
-
-impl Hold {
-    pub fn new(core: Arc<Core>, path: String, token: FencingToken) -> Self {
-        Self { core, path, token, done: AtomicBool::new(false) }
-    }
-
-    async fn release(&self) -> Result<()> {
-        if !self.done.swap(true, Ordering::AcqRel) {
-            self.core.release(&self.path, self.token).await?;
-        }
-        Ok(())
-    }
-
-    fn forget(&self) {
-        self.done.store(true, Ordering::Release);
-    }
-}
-
-impl Drop for Hold {
-    fn drop(&mut self) {
-        if !self.done.load(Ordering::Acquire) {
-            self.core.release_later(self.path.clone(), self.token);
-        }
-    }
-}
 
 /// One chunk of the version in the making.
 #[derive(Debug)]
@@ -86,6 +50,7 @@ pub(crate) struct WriteSide {
     pub exists: bool,
     pub append: bool,
     pub commit_on_flush: bool,
+    /// A lock that the handle took itself.
     hold: Option<Hold>,
     placement: Placement,
     rows: Arc<Rows>,
@@ -515,7 +480,9 @@ impl Body {
             side.chunks.clear();
             match (&committed, side.hold.take()) {
                 (_, None) => {}
-                (Ok(_), Some(hold)) => hold.release().await?,
+                (Ok(_), Some(hold)) => {
+                    hold.release().await?;
+                }
                 // The directory was waited for long enough: dropping gives the lock back in the background.
                 (Err(error), Some(_)) if error.reason.is_transient() => {}
                 (Err(_), Some(hold)) => {

@@ -7,7 +7,11 @@ use crate::{
 };
 use cairn_proto::{Error, Reason, Result, id::ChunkId, net::framed, v1};
 use parking_lot::Mutex;
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{
+    collections::HashMap,
+    sync::{Arc, Weak},
+    time::Duration,
+};
 use tokio::{
     sync::{mpsc, oneshot},
     time::Instant,
@@ -25,79 +29,134 @@ const SILENCE: Duration = Duration::from_millis(80);
 /// Longest wait for a receipt from a primary that lives, at the first attempt and for each 8 MiB.
 const RECEIPT_PATIENCE: Duration = Duration::from_secs(2);
 
-/// Who waits for which receipt; nothing once the stream has ended.
-type Pending = Arc<Mutex<Option<HashMap<ChunkId, oneshot::Sender<Result<v1::Receipt>>>>>>;
+/// A shared stream that carries nothing for this long is closed; the next chunk opens another. A file server need not keep
+/// streams of clients that are idle.
+const SHARED_IDLE: Duration = Duration::from_secs(5);
 
-/// One long-lived `Write` stream.
+/// A long-lived `Write` stream, until it is over.
 #[derive(Clone, Debug)]
-pub(crate) struct SharedStream {
+pub(crate) struct SharedStream(Shared);
+
+/// Nothing once the stream has ended.
+type Shared = Arc<Mutex<Option<Open>>>;
+
+/// The sending half of a stream. Dropping it ends the stream.
+#[derive(Debug)]
+struct Open {
     messages: mpsc::Sender<v1::WriteRequest>,
-    pending: Pending,
+    /// Who waits for which receipt.
+    pending: HashMap<ChunkId, oneshot::Sender<Result<v1::Receipt>>>,
+    used_at: Instant,
 }
 
 impl SharedStream {
     fn open(link: &ServerLink) -> Result<Self> {
         let mut client = link.small()?;
         let (messages, receiver) = mpsc::channel(SHARED_MESSAGES_MAX);
-        let pending: Pending = Arc::new(Mutex::new(Some(HashMap::new())));
-        let (name, waiting) = (link.name(), pending.clone());
+        let open = Open { messages, pending: HashMap::new(), used_at: Instant::now() };
+        let shared: Shared = Arc::new(Mutex::new(Some(open)));
+        let (name, waiting) = (link.name(), Arc::downgrade(&shared));
         let request = framed::outgoing(link.request(ReceiverStream::new(receiver)));
         tokio::spawn(async move {
-            let error = match client.write(request).await {
-                Ok(answers) => relay(answers.into_inner(), &waiting, &name).await,
-                Err(status) => restore(status, &name),
+            let call = async {
+                match client.write(request).await {
+                    Ok(answers) => relay(answers.into_inner(), &waiting, &name).await,
+                    Err(status) => restore(status, &name),
+                }
             };
-            let waiting = waiting.lock().take();
-            for (_, receipt) in waiting.into_iter().flatten() {
+            tokio::pin!(call);
+            let error = tokio::select! {
+                error = &mut call => error,
+                () = close_when_idle(&waiting) => {
+                    // Nobody waits for it any more: it ends in good order, or is cut off.
+                    let _ = tokio::time::timeout(SHARED_IDLE, call).await;
+                    return;
+                }
+            };
+            let ended = waiting.upgrade().and_then(|shared| shared.lock().take());
+            for (_, receipt) in ended.into_iter().flat_map(|open| open.pending) {
                 let _ = receipt.send(Err(error.clone()));
             }
         });
-        Ok(Self { messages, pending })
+        Ok(Self(shared))
     }
 
-    fn is_open(&self) -> bool {
-        self.pending.lock().is_some()
-    }
-
-    async fn write(&self, chunk: ChunkId, message: v1::WriteRequest) -> Result<v1::Receipt> {
-        let ended = || Error::unavailable("the write stream has ended");
-        let (sender, receipt) = oneshot::channel();
-        {
-            let mut pending = self.pending.lock();
-            let pending = pending.as_mut().ok_or_else(ended)?;
-            if pending.len() >= SHARED_PENDING_MAX {
-                return Err(Error::new(Reason::Overloaded, "too many chunks wait for the same file server"));
-            }
-            pending.insert(chunk, sender);
+    /// A place for a chunk on the stream, which stays open until it is dropped; none on a stream that is over.
+    ///
+    /// # Errors
+    /// `OVERLOADED` when too many chunks wait.
+    fn enter(&self, chunk: ChunkId) -> Result<Option<Entered>> {
+        let mut shared = self.0.lock();
+        let Some(open) = shared.as_mut() else { return Ok(None) };
+        if open.pending.len() >= SHARED_PENDING_MAX {
+            return Err(Error::new(Reason::Overloaded, "too many chunks wait for the same file server"));
         }
-        let _forget = Forget { pending: &self.pending, chunk };
+        let (sender, receipt) = oneshot::channel();
+        open.pending.insert(chunk, sender);
+        open.used_at = Instant::now();
+        Ok(Some(Entered { shared: self.0.clone(), messages: open.messages.clone(), chunk, receipt }))
+    }
+}
+
+/// A chunk on a shared stream. Dropping it forgets about its receipt.
+struct Entered {
+    shared: Shared,
+    messages: mpsc::Sender<v1::WriteRequest>,
+    chunk: ChunkId,
+    receipt: oneshot::Receiver<Result<v1::Receipt>>,
+}
+
+impl Entered {
+    async fn write(mut self, message: v1::WriteRequest) -> Result<v1::Receipt> {
+        let messages = self.messages.clone();
         let sent = async {
             // When the stream ends, `receipt` says why.
-            let _ = self.messages.send(message).await;
+            let _ = messages.send(message).await;
             std::future::pending::<()>().await;
         };
         tokio::select! {
-            answer = receipt => answer.unwrap_or_else(|_| Err(ended())),
+            answer = &mut self.receipt => answer.unwrap_or_else(|_| Err(ended())),
             () = sent => Err(ended()),
         }
     }
 }
 
-struct Forget<'a> {
-    pending: &'a Pending,
-    chunk: ChunkId,
-}
-
-impl Drop for Forget<'_> {
+impl Drop for Entered {
     fn drop(&mut self) {
-        if let Some(pending) = self.pending.lock().as_mut() {
-            pending.remove(&self.chunk);
+        if let Some(open) = self.shared.lock().as_mut() {
+            open.pending.remove(&self.chunk);
         }
     }
 }
 
+fn ended() -> Error {
+    Error::unavailable("the write stream has ended")
+}
+
+/// Closes a stream that carries nothing for long enough; ready when it is closed.
+async fn close_when_idle(waiting: &Weak<Mutex<Option<Open>>>) {
+    loop {
+        let left = {
+            let Some(shared) = waiting.upgrade() else { return };
+            let mut shared = shared.lock();
+            let Some(open) = shared.as_ref() else { return };
+            let idle = if open.pending.is_empty() { open.used_at.elapsed() } else { Duration::ZERO };
+            if idle >= SHARED_IDLE {
+                shared.take();
+                return;
+            }
+            SHARED_IDLE - idle
+        };
+        tokio::time::sleep(left).await;
+    }
+}
+
 /// Hands receipts to those who wait; says why the stream ended.
-async fn relay(mut answers: tonic::Streaming<v1::WriteResponse>, pending: &Pending, name: &str) -> Error {
+async fn relay(
+    mut answers: tonic::Streaming<v1::WriteResponse>,
+    waiting: &Weak<Mutex<Option<Open>>>,
+    name: &str,
+) -> Error {
     loop {
         let receipt = match answers.message().await {
             Ok(Some(answer)) => answer.receipt,
@@ -106,8 +165,11 @@ async fn relay(mut answers: tonic::Streaming<v1::WriteResponse>, pending: &Pendi
         };
         let Some(receipt) = receipt else { continue };
         let chunk = receipt.chunk.map(ChunkId::from).unwrap_or_default();
-        if let Some(waiting) = pending.lock().as_mut().and_then(|pending| pending.remove(&chunk)) {
-            let _ = waiting.send(Ok(receipt));
+        let waiter = waiting
+            .upgrade()
+            .and_then(|shared| shared.lock().as_mut().and_then(|open| open.pending.remove(&chunk)));
+        if let Some(waiter) = waiter {
+            let _ = waiter.send(Ok(receipt));
         }
     }
 }
@@ -150,8 +212,7 @@ impl ServerLink {
         let mut messages = sealed.messages(slot.chunk, group.id, group.epoch);
         if sealed.len() <= SHARED_BYTES_MAX {
             let message = messages.next().ok_or_else(|| Error::internal("an empty chunk"))?;
-            let stream = self.shared_stream()?;
-            return stream.write(slot.chunk, message).await;
+            return self.enter_shared_stream(slot.chunk)?.write(message).await;
         }
         let mut client = self.bulk()?;
         let request = framed::outgoing(self.request(futures::stream::iter(messages)));
@@ -164,14 +225,18 @@ impl ServerLink {
         }
     }
 
-    fn shared_stream(&self) -> Result<SharedStream> {
+    /// A place on the shared stream, or on another one when that is over.
+    fn enter_shared_stream(&self, chunk: ChunkId) -> Result<Entered> {
         let mut shared = self.stream.lock();
-        if let Some(stream) = shared.as_ref().filter(|stream| stream.is_open()) {
-            return Ok(stream.clone());
+        if let Some(stream) = shared.as_ref()
+            && let Some(entered) = stream.enter(chunk)?
+        {
+            return Ok(entered);
         }
         let stream = SharedStream::open(self)?;
-        *shared = Some(stream.clone());
-        Ok(stream)
+        let entered = stream.enter(chunk)?;
+        *shared = Some(stream);
+        entered.ok_or_else(ended)
     }
 
     /// Ready with an error when the primary has fallen silent, or is too slow to wait for.

@@ -315,3 +315,25 @@ async fn callers_share_the_failure_of_one_attempt_to_open_a_session() {
     let took = begun.elapsed();
     assert!(took < deadline * 4, "eight callers waited for each other: {took:?}");
 }
+
+#[tokio::test(start_paused = true)]
+async fn streams_of_small_writes_are_closed_when_idle_and_opened_again() {
+    let cluster = Cluster::start(1);
+    let client = client(&cluster);
+    let streams = || cluster.server(1).write_streams.load(Ordering::Relaxed);
+    for round in 0..3 {
+        client.write("/file", noise(SMALL, round)).await.unwrap();
+        assert_eq!(streams(), 1, "it stays for the next one");
+        client.write("/file", noise(SMALL, round)).await.unwrap();
+        assert_eq!(streams(), 1, "of the same stream");
+        eventually("it is closed", || streams() == 0).await;
+    }
+    // Also when it is closed just then: times around the moment.
+    for early in 0..20 {
+        client.write("/file", noise(SMALL, 1)).await.unwrap();
+        tokio::time::sleep(Duration::from_millis(4_990 + early)).await;
+    }
+    assert_eq!(cluster.server(1).writes.load(Ordering::Relaxed), 26, "each was written once");
+    drop(client);
+    eventually("streams end with their client", || streams() == 0).await;
+}

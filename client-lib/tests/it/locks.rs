@@ -220,3 +220,136 @@ async fn closing_and_dropping_end_the_session() {
     drop(other);
     eventually("the session is closed", || cluster.state.lock().sessions.is_empty()).await;
 }
+
+/// Whether nobody holds a lock on `/file`.
+fn is_free(cluster: &Cluster) -> bool {
+    !cluster.state.lock().locks.contains_key("/file")
+}
+
+#[tokio::test]
+async fn a_write_that_is_given_up_behind_its_grant_leaves_no_lock_behind() {
+    let cluster = Cluster::start(3);
+    let (one, two) = (cluster.client(), cluster.client());
+    let lock = one.lock("/file", LockOptions::new()).await.unwrap();
+    let token = lock.token();
+    let writing = tokio::spawn({
+        let two = two.clone();
+        async move { two.write_with("/file", "x", WriteOptions::new().wait(SOON)).await }
+    });
+    eventually("it asks for the lock", || cluster.calls("Lock").len() == 2).await;
+    for id in 1..=3 {
+        cluster.set_mood(id, Mood::Silent);
+    }
+    lock.unlock().await.unwrap();
+    eventually("it has the lock", || {
+        let state = cluster.state.lock();
+        state.locks.get("/file").is_some_and(|held| held[0].token.map(Into::into) > Some(token))
+    })
+    .await;
+    writing.abort();
+    assert!(writing.await.unwrap_err().is_cancelled());
+    eventually("the lock is given back", || is_free(&cluster)).await;
+}
+
+#[tokio::test]
+async fn a_grant_that_nobody_takes_any_more_is_given_back() {
+    let cluster = Cluster::start(3);
+    let client = cluster.client();
+    let mut asking = Box::pin(client.lock("/file", LockOptions::new()));
+    assert!(futures::poll!(&mut asking).is_pending());
+    eventually("it is granted", || !is_free(&cluster)).await;
+    // The answer has come too by the time that later ones have.
+    for _ in 0..20 {
+        client.exists("/file").await.unwrap();
+    }
+    assert!(cluster.calls("Unlock").is_empty());
+    drop(asking);
+    eventually("the lock is given back", || is_free(&cluster)).await;
+}
+
+#[tokio::test]
+async fn giving_back_that_is_cancelled_is_done_all_the_same() {
+    let cluster = Cluster::start(3);
+    let client = cluster.client();
+    client.write("/file", "x").await.unwrap();
+    for way in ["unlock", "close", "abort"] {
+        let lock = match way {
+            "unlock" => Ok(client.lock("/file", LockOptions::new()).await.unwrap()),
+            _ => Err(client.open_options().write(true).open("/file").await.unwrap()),
+        };
+        cluster.net.set(DIRECTORY, Mood::Down);
+        let is_pending = match lock {
+            Ok(lock) => futures::poll!(Box::pin(lock.unlock())).is_pending(),
+            Err(file) if way == "close" => futures::poll!(Box::pin(file.close())).is_pending(),
+            Err(file) => futures::poll!(Box::pin(file.abort())).is_pending(),
+        };
+        assert!(is_pending, "{way}");
+        assert!(!is_free(&cluster), "{way}");
+        cluster.net.set(DIRECTORY, Mood::Up);
+        eventually(way, || is_free(&cluster)).await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lock_is_given_back_after_an_outage_longer_than_the_deadline() {
+    let cluster = Cluster::start(3);
+    let client = cluster.builder().deadline(Duration::from_millis(200)).build().unwrap();
+    let lock = client.lock("/file", LockOptions::new()).await.unwrap();
+    cluster.net.set(DIRECTORY, Mood::Down);
+    assert!(lock.unlock().await.unwrap_err().reason.is_transient());
+    // Longer than another attempt in the background, too.
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    cluster.net.set(DIRECTORY, Mood::Up);
+    eventually("the lock is given back", || is_free(&cluster)).await;
+    assert_eq!(cluster.calls("Open").len(), 1, "by the session that held it");
+}
+
+#[tokio::test]
+async fn a_lock_is_given_back_from_a_thread_without_a_runtime() {
+    let cluster = Cluster::start(3);
+    let client = cluster.client();
+    let lock = client.lock("/file", LockOptions::new()).await.unwrap();
+    std::thread::spawn(move || drop(lock)).join().unwrap();
+    eventually("the lock is given back", || is_free(&cluster)).await;
+}
+
+#[test]
+fn locks_that_outlive_their_runtime_are_dropped_without_a_panic() {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let (lock, file, client) = runtime.block_on(async {
+        let cluster = Cluster::start(3);
+        let client = cluster.client();
+        let lock = client.lock("/file", LockOptions::new()).await.unwrap();
+        let file = client.open_options().write(true).create(true).open("/other").await.unwrap();
+        (lock, file, client)
+    });
+    drop(runtime);
+    drop((lock, file, client));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_task_that_waits_for_a_lock_does_not_stop_the_others() {
+    let cluster = Cluster::start(3);
+    let client = cluster.client();
+    let lock = client.lock("/file", LockOptions::new()).await.unwrap();
+    let waiting = tokio::spawn({
+        let client = client.clone();
+        async move { client.lock("/file", LockOptions::new().wait(SOON * 10)).await }
+    });
+    eventually("it asks for the lock", || cluster.calls("Lock").len() == 2).await;
+    // Time goes on only while nothing else does.
+    let began = tokio::time::Instant::now();
+    let made = futures::stream::iter(0..2_000)
+        .map(|number| {
+            let client = client.clone();
+            async move { client.create(&format!("/{number}")).await }
+        })
+        .buffer_unordered(16);
+    made.for_each(|made| async move { drop(made.unwrap()) }).await;
+    lock.unlock().await.unwrap();
+    waiting.await.unwrap().unwrap();
+    assert!(began.elapsed() < Duration::from_secs(1), "it took {:?}", began.elapsed());
+    let mut asked = cluster.calls("Lock");
+    asked.dedup();
+    assert_eq!(asked.len(), 2, "the wait was not broken off");
+}

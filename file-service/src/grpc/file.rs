@@ -5,6 +5,7 @@ use crate::{
     grpc::sending::Ahead,
     ingest::{Begin, Finish, Part, Sender},
     node::Node,
+    places::Turn,
     receive::{self, Answer, Intake, Local, Receive, receipt},
     replicate::Fan,
 };
@@ -81,7 +82,8 @@ impl FileService for FileHandler {
         request: Request<Streaming<v1::WriteRequest>>,
     ) -> Result<Response<Self::WriteStream>, Status> {
         let primary = Arc::new(Primary { node: self.node.clone() });
-        let answers = start(&self.node, primary, Sender::Client, framed::received(request));
+        let turn = turn(&request);
+        let answers = start(&self.node, primary, Sender::Client, turn, framed::received(request));
         let answers = answers.filter_map(|answer| async move {
             match answer {
                 Answer::Receipt(receipt) => Some(Ok(v1::WriteResponse { receipt: Some(receipt) })),
@@ -119,18 +121,24 @@ impl FileService for FileHandler {
     }
 }
 
+/// The place of a call.
+pub(super) fn turn<T>(request: &Request<T>) -> Turn {
+    request.extensions().get::<Turn>().cloned().unwrap_or_default()
+}
+
 /// Starts to receive a stream of chunks.
 pub(super) fn start<S>(
     node: &Arc<Node>,
     receiver: Arc<dyn Receive>,
     sender: Sender,
+    turn: Turn,
     inbound: S,
 ) -> ReceiverStream<Answer>
 where
     S: Stream<Item = Result<v1::WriteRequest, Status>> + Send + Unpin + 'static,
 {
     let (answers, stream) = mpsc::channel(ANSWERS_WAITING);
-    let receiving = receive::receive(node.receiving.clone(), receiver, sender, inbound, answers);
+    let receiving = receive::receive(node.receiving.clone(), receiver, sender, turn, inbound, answers);
     tokio::spawn(request::carried(receiving).in_current_span());
     ReceiverStream::new(stream)
 }

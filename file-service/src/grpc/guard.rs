@@ -4,10 +4,11 @@
 use crate::{
     metrics::Method,
     node::{Mode, Node},
+    places::{Place, Places, Turn},
 };
 use bytes::Bytes;
 use cairn_proto::{
-    Error, Reason,
+    Error,
     id::Generation,
     limits,
     net::{Answer, CLUSTER_HEADER, Connection, DIRECTORY_HEADER, Intake, SERVER_HEADER},
@@ -25,13 +26,9 @@ use std::{
     },
     task::{Context, Poll},
 };
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tonic::{Status, body::Body};
 use tower::{Layer, Service};
 use tracing::Instrument as _;
-
-/// What an overloaded server asks its callers to wait.
-const OVERLOADED_RETRY_MS: u64 = 50;
 
 /// Makes [`Guard`]s that share one server's bounds.
 #[derive(Clone, Debug)]
@@ -43,9 +40,9 @@ pub struct GuardLayer {
 struct Shared {
     node: Arc<Node>,
     /// Calls of clients.
-    places: Arc<Semaphore>,
+    places: Places,
     /// Calls of servers, apart: what clients began could not end if they took all places.
-    peer_places: Arc<Semaphore>,
+    peer_places: Places,
     /// Bytes of clients' requests that are arriving.
     intake: Intake,
     /// The same of servers.
@@ -56,12 +53,13 @@ struct Shared {
 impl GuardLayer {
     /// Bounds for a server.
     pub fn new(node: Arc<Node>) -> Self {
-        let places = || Arc::new(Semaphore::new(limits::REQUESTS_MAX));
+        let places = || Places::new(limits::REQUESTS_MAX, node.sending.answers().clone());
+        let (places, peer_places) = (places(), places());
         Self {
             shared: Arc::new(Shared {
                 node,
-                places: places(),
-                peer_places: places(),
+                places,
+                peer_places,
                 intake: Intake::new(limits::REQUEST_BYTES_MAX),
                 peer_intake: Intake::new(limits::REQUEST_BYTES_MAX),
                 next_request: AtomicU64::new(0),
@@ -87,7 +85,7 @@ pub struct Guard<S> {
 
 impl Shared {
     /// A place for a call, or why there is none.
-    fn admit(&self, path: &str, headers: &HeaderMap) -> Result<OwnedSemaphorePermit, Error> {
+    fn admit(&self, path: &str, headers: &HeaderMap) -> Result<Place, Error> {
         if path.starts_with("/cairn.") {
             match &*self.node.mode.borrow() {
                 Mode::Serving => {}
@@ -105,14 +103,7 @@ impl Shared {
             true => &self.places,
             false => &self.peer_places,
         };
-        places.clone().try_acquire_owned().map_err(|_| {
-            // Who does not take his answers may be why.
-            self.node.sending.answers().cut_stalled();
-            let why = format!("this server works on {} requests already", limits::REQUESTS_MAX);
-            Error::new(Reason::Overloaded, why)
-                .on(self.node.me().to_string())
-                .retry_after_ms(OVERLOADED_RETRY_MS)
-        })
+        places.take().map_err(|error| error.on(self.node.me().to_string()))
     }
 
     /// The caller's id of the request, or one that is made here.
@@ -150,8 +141,8 @@ where
             self.shared.node.metrics.requests.get_or_create(&method).inc();
         }
         let node = self.shared.node.clone();
-        let permit = match self.shared.admit(path, request.headers()) {
-            Ok(permit) => permit,
+        let place = match self.shared.admit(path, request.headers()) {
+            Ok(place) => Arc::new(place),
             Err(error) => {
                 node.metrics.failed(error.reason);
                 let response = Status::from(error).into_http();
@@ -161,14 +152,17 @@ where
         let directory = directory(request.headers());
         let identity = node.identity.clone();
         let answer = node.sending.answers().begin(request.extensions().get::<Connection>().cloned());
-        let tracked = Tracked::new(node, permit, answer);
+        let turn = Turn::of(&place);
+        let tracked = Tracked::new(node, place, answer);
         let intake = match path.starts_with("/cairn.v1.FileService/") {
             true => &self.shared.intake,
             false => &self.shared.peer_intake,
         };
         let intake = intake.clone();
         let path = path.to_owned();
-        let request = request.map(|body| Body::new(intake.bound(&path, body)));
+        let mut request = request.map(|body| Body::new(intake.bound(&path, body)));
+        // Streams of chunks give their place back while they carry none.
+        request.extensions_mut().insert(turn);
         let call = request::scope(&id, self.inner.call(request));
         Box::pin(
             async move {
@@ -200,13 +194,13 @@ fn directory(headers: &HeaderMap) -> Option<(Generation, u64)> {
 struct Tracked {
     node: Arc<Node>,
     answer: Answer,
-    _permit: OwnedSemaphorePermit,
+    _place: Arc<Place>,
 }
 
 impl Tracked {
-    fn new(node: Arc<Node>, permit: OwnedSemaphorePermit, answer: Answer) -> Self {
+    fn new(node: Arc<Node>, place: Arc<Place>, answer: Answer) -> Self {
         node.metrics.requests_active.inc();
-        Self { node, answer, _permit: permit }
+        Self { node, answer, _place: place }
     }
 
     /// Counts an error that headers or trailers carry.
@@ -228,7 +222,7 @@ impl Drop for Tracked {
     }
 }
 
-/// A response that keeps its call's place until its end.
+/// A response that keeps its call's place until its end, but for what a stream of chunks gives back itself.
 struct GuardedBody {
     body: Body,
     tracked: Tracked,

@@ -1,6 +1,6 @@
 //! `ReplicaService`: what other servers and the directory ask of this one.
 
-use super::file::{Primary, start};
+use super::file::{Primary, start, turn};
 use crate::{
     chunks::ChunkInfo,
     compose::{self, Recipe},
@@ -51,20 +51,26 @@ impl ReplicaService for ReplicaHandler {
         &self,
         request: Request<Streaming<v1::ReplicateRequest>>,
     ) -> Result<Response<Self::ReplicateStream>, Status> {
+        let turn = turn(&request);
         let messages =
             framed::received(request).map(|message| message.map(|request| request.write.unwrap_or_default()));
         let follower = Arc::new(Follower { node: self.node.clone() });
-        let answers = start(&self.node, follower, Sender::Primary, messages).map(|answer| match answer {
-            Answer::Receipt(receipt) => {
-                Ok(v1::ReplicateResponse { receipt: Some(receipt), ..Default::default() })
-            }
-            Answer::Refused(chunk, error) => {
-                let mut detail = *error.detail;
-                detail.reason = error.reason.to_wire() as i32;
-                Ok(v1::ReplicateResponse { chunk: Some(chunk.into()), error: Some(detail), receipt: None })
-            }
-            Answer::Failed(error) => Err(error.into()),
-        });
+        let answers =
+            start(&self.node, follower, Sender::Primary, turn, messages).map(|answer| match answer {
+                Answer::Receipt(receipt) => {
+                    Ok(v1::ReplicateResponse { receipt: Some(receipt), ..Default::default() })
+                }
+                Answer::Refused(chunk, error) => {
+                    let mut detail = *error.detail;
+                    detail.reason = error.reason.to_wire() as i32;
+                    Ok(v1::ReplicateResponse {
+                        chunk: Some(chunk.into()),
+                        error: Some(detail),
+                        receipt: None,
+                    })
+                }
+                Answer::Failed(error) => Err(error.into()),
+            });
         Ok(Response::new(answers.boxed()))
     }
 

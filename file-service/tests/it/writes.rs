@@ -176,3 +176,26 @@ async fn a_write_that_is_meant_for_another_server_leaves_nothing() {
         }
     }
 }
+
+#[tokio::test(start_paused = true)]
+async fn bounded_streams_that_carry_nothing_shut_nobody_out() {
+    let cluster = Cluster::start().await;
+    let mut idle = Vec::new();
+    while idle.len() <= limits::REQUESTS_MAX {
+        let mut client = cluster.files(1);
+        for _ in 0..limits::STREAMS_PER_CONNECTION_MAX {
+            let (messages, receiver) = tokio::sync::mpsc::channel(1);
+            let stream = tokio_stream::wrappers::ReceiverStream::new(receiver);
+            let answers = client.write(stream).await.unwrap().into_inner();
+            idle.push((messages, answers));
+        }
+    }
+    let data = bytes(3_000);
+    cluster.write(chunk(1), &data).await.unwrap();
+    assert_eq!(read(&mut cluster.files(1), chunk(1), 0, 0).await.unwrap(), (0, data.clone()));
+    // Each of them may go on.
+    let (sender, answers) = &mut idle[0];
+    sender.send(messages(chunk(2), &data).remove(0)).await.unwrap();
+    let receipt = answers.message().await.unwrap().unwrap().receipt.unwrap();
+    assert_eq!(receipt.length, 3_000);
+}

@@ -39,7 +39,7 @@ pub struct State {
     pub grants: BTreeMap<u64, u64>,
     pub groups: BTreeMap<u64, v1::Group>,
     pub servers: Vec<v1::Server>,
-    answers: BTreeMap<(u64, u64), Vec<u8>>,
+    answers: BTreeMap<(u64, u64, String), Vec<u8>>,
     pub calls: Vec<(&'static str, v1::RequestId)>,
     pub reports: Vec<v1::ReportBadChunkRequest>,
     pub grant_requests: Vec<v1::GrantRequest>,
@@ -270,7 +270,8 @@ impl DirectoryFace {
         apply: impl FnOnce(&mut State) -> Result<T, Error>,
     ) -> Answer<T> {
         let id = id.expect("every change carries a request id");
-        let key = (id.session_id, id.sequence);
+        assert_eq!(id.uuid.is_empty(), id.sequence != 0, "a number of a session or a uuid");
+        let key = (id.session_id, id.sequence, id.uuid.clone());
         {
             let mut state = self.0.state.lock();
             state.calls.push((method, id.clone()));
@@ -384,6 +385,9 @@ impl DirectoryService for DirectoryFace {
             let changed = self.0.changed.notified();
             let asked = request.clone();
             let answer = self.once("Lock", request.request_id.clone(), move |state| {
+                if !state.sessions.contains(&asked.session_id) {
+                    return Err(Error::new(Reason::SessionExpired, "the session has ended"));
+                }
                 let path = state.path(&asked.path, asked.inode)?;
                 if !state.nodes.contains_key(&path) {
                     state.check_parent(&path)?;

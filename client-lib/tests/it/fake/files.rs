@@ -40,6 +40,8 @@ pub struct FileServer {
     pub leave_out: Mutex<Vec<u64>>,
     pub reads: AtomicUsize,
     pub writes: AtomicUsize,
+    /// Streams of writes that are open.
+    pub write_streams: AtomicUsize,
     pub fetched: AtomicUsize,
 }
 
@@ -147,7 +149,8 @@ impl FileService for FileFace {
         let mut messages = request.into_inner();
         let this = self.clone();
         let (sender, receiver) = tokio::sync::mpsc::channel(16);
-        tokio::spawn(async move {
+        self.me().write_streams.fetch_add(1, Ordering::Relaxed);
+        let streaming = async move {
             let (mut data, mut blocks) = (BytesMut::new(), Vec::new());
             while let Ok(Some(mut message)) = messages.message().await {
                 if let Some(mood) = this.me().die_in_write.lock().take() {
@@ -168,6 +171,11 @@ impl FileService for FileFace {
                     return;
                 }
             }
+        };
+        let this = self.clone();
+        tokio::spawn(async move {
+            streaming.await;
+            this.me().write_streams.fetch_sub(1, Ordering::Relaxed);
         });
         Ok(Response::new(ReceiverStream::new(receiver)))
     }

@@ -275,6 +275,30 @@ async fn retry_a_repeated_lock_or_unlock_is_the_first_one() {
     renew_lock(&bench.directory, renewal).await.unwrap();
 }
 
+/// How the client library asks when it may have to wait: the number of a session would hold up the session's others.
+#[tokio::test(start_paused = true)]
+async fn retry_a_lock_of_a_session_may_be_named_by_a_uuid() {
+    let bench = Bench::start().await;
+    create(&bench, "/f").await;
+    let session_id = bench.session().await;
+    let request = |last: u8| v1::LockRequest {
+        request_id: Some(v1::RequestId {
+            uuid: format!("0b7e0f2e-33cf-4d0f-8a4c-2b1b7f4f7a{last:02}"),
+            ..Default::default()
+        }),
+        wait_ms: 1_000,
+        ..exclusive("/f", session_id)
+    };
+    let first = lock(&bench, request(3)).await.unwrap();
+    assert_eq!(first.session_id, session_id);
+    assert_eq!(lock(&bench, request(3)).await.unwrap(), first);
+    assert_eq!(lock(&bench, request(4)).await.unwrap_err().reason, Reason::LockHeld);
+    crate::ops::session::close(&bench.directory, v1::CloseRequest { session_id }).await.unwrap();
+    assert_eq!(lock(&bench, request(3)).await.unwrap(), first, "what was answered stays so");
+    assert_eq!(lock(&bench, request(4)).await.unwrap_err().reason, Reason::SessionExpired);
+    lock(&bench, exclusive("/f", 0)).await.unwrap();
+}
+
 async fn mkdir(bench: &Bench, path: &str) {
     let request =
         v1::CreateRequest { path: path.into(), kind: v1::Kind::Directory as i32, ..Default::default() };

@@ -125,8 +125,11 @@ impl Bench {
 #[derive(Clone, Debug)]
 pub struct Gate {
     store: MemoryStore,
-    held: Arc<Mutex<Option<(oneshot::Sender<()>, oneshot::Receiver<()>)>>>,
+    held: Arc<Mutex<Option<Barrier>>>,
 }
+
+/// The gate's ends of [`HeldUp`].
+type Barrier = (oneshot::Sender<()>, oneshot::Receiver<()>);
 
 /// A plan that is to be held up.
 #[derive(Debug)]

@@ -227,7 +227,7 @@ pub async fn end(directory: &Directory, id: SessionId) -> Result<()> {
     Ok(())
 }
 
-/// Ends a session whose time is over. One that was never written (see [`opened_by`]) is written as ended: behind that, the
+/// Ends a session whose time is over. One that was never written (see `opened_by`) is written as ended: behind that, the
 /// plan that was to open it comes too late.
 ///
 /// # Errors

@@ -208,6 +208,30 @@ async fn seats(cluster: &Cluster) -> BTreeMap<u64, Vec<u64>> {
     topology.groups.into_iter().map(members).collect()
 }
 
+/// A sync that takes longer than the silence that makes a server suspect, and a change of the cluster that every server
+/// makes durable meanwhile.
+#[tokio::test(flavor = "multi_thread")]
+async fn healed_a_disk_that_stalls_does_not_make_its_server_silent() {
+    const STALL: Duration = Duration::from_secs(12);
+    const WATCHED: Duration = Duration::from_secs(8);
+    let cluster = Cluster::builder().file_servers(3).memory(true).build_and_start().await.unwrap();
+    let client = cluster.client().await.unwrap();
+    write_many(&client, "/before", 20, 4_096).await;
+    let stalled = cluster.file_server(1).await.unwrap().id;
+    cluster.memory_disk(1).unwrap().set_sync_latency(STALL);
+    cluster.add_file_server(None).await.unwrap();
+    let begun = Instant::now();
+    while begun.elapsed() < WATCHED {
+        for server in cluster.status().await.unwrap().file_servers {
+            let server = server.server.unwrap();
+            assert!(server.id != stalled || server.state() == ServerState::Live, "{server:?}");
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    cluster.memory_disk(1).unwrap().set_sync_latency(Duration::ZERO);
+    cluster.shutdown().await.unwrap();
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn healed_a_slow_disk_moves_no_seat_and_starts_no_repair() {
     const SLOW: Duration = Duration::from_millis(400);

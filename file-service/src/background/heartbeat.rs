@@ -1,4 +1,7 @@
 //! Registers this server with the directory, and then says again and again that it lives.
+//!
+//! What the answers tell of the cluster is made durable beside the heartbeats and not between them: a disk that takes
+//! seconds for a sync must not make its server silent.
 
 use crate::node::{Mode, Node};
 use cairn_proto::{
@@ -9,7 +12,7 @@ use cairn_proto::{
 use rand::{Rng as _, SeedableRng as _, rngs::SmallRng};
 use std::{sync::Arc, time::Duration};
 use tokio::time::Instant;
-use tokio_util::sync::CancellationToken;
+use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
 /// First wait for a directory that does not answer; doubled up to the set longest one.
 const RETRY_FIRST_MS: u64 = 25;
@@ -20,12 +23,13 @@ pub async fn run(node: Arc<Node>, seed: u64, shutdown: CancellationToken) {
     let mut interval_ms = node.config.timing.heartbeat_interval_ms;
     let mut is_registered = false;
     let mut retry_ms = RETRY_FIRST_MS;
+    let mut adopting = None;
     while !shutdown.is_cancelled() {
         let began = Instant::now();
         let done = tokio::select! {
             done = async {
                 match is_registered {
-                    true => heartbeat(&node, false).await,
+                    true => heartbeat(&node, false, &mut adopting).await,
                     false => register(&node).await.map(|heartbeat_ms| interval_ms = heartbeat_ms),
                 }
             } => done,
@@ -59,7 +63,7 @@ pub async fn run(node: Arc<Node>, seed: u64, shutdown: CancellationToken) {
     }
     if is_registered {
         // Best effort: silence says the same, only later.
-        if let Err(error) = heartbeat(&node, true).await {
+        if let Err(error) = heartbeat(&node, true, &mut None).await {
             tracing::debug!(%error, "could not tell the directory that this server leaves");
         }
     }
@@ -132,7 +136,11 @@ fn refuse(node: &Node, error: &Error) {
     }
 }
 
-async fn heartbeat(node: &Node, leaving: bool) -> Result<()> {
+async fn heartbeat(
+    node: &Arc<Node>,
+    leaving: bool,
+    adopting: &mut Option<AbortOnDropHandle<()>>,
+) -> Result<()> {
     let bad = node.bad_chunks();
     let life = node.identity.life();
     let request = v1::HeartbeatRequest {
@@ -155,13 +163,25 @@ async fn heartbeat(node: &Node, leaving: bool) -> Result<()> {
     } else if Generation(answer.generation) < node.identity.generation() {
         return Ok(());
     }
-    if let Some(topology) = &answer.topology {
-        node.adopt(topology).await?;
-    } else if Generation(answer.generation) > node.topology.map().generation {
-        // Revisions of different generations cannot be compared: ask for all of it.
-        node.refresh_topology().await?;
+    // Revisions of different generations cannot be compared: then all of it is asked for.
+    let is_behind = Generation(answer.generation) > node.topology.map().generation;
+    let is_busy = adopting.as_ref().is_some_and(|task| !task.is_finished());
+    if (answer.topology.is_some() || is_behind) && !is_busy && !leaving {
+        // Until it is taken over, every answer brings it again.
+        *adopting = Some(AbortOnDropHandle::new(tokio::spawn(adopt(node.clone(), answer.topology))));
     }
     Ok(())
+}
+
+/// Takes over a topology, or the one that the directory has by now.
+async fn adopt(node: Arc<Node>, topology: Option<v1::TopologyResponse>) {
+    let adopted = match &topology {
+        Some(topology) => node.adopt(topology).await.map(drop),
+        None => node.refresh_topology().await,
+    };
+    if let Err(error) = adopted {
+        tracing::warn!(%error, "the directory's view of the cluster could not be taken over, trying again");
+    }
 }
 
 /// The revision of the topology, if it is of the generation that this server knows.

@@ -44,7 +44,7 @@ pub async fn stalled_disks(builder: Builder) -> Verdict {
     let tune = |config: &mut dir_service::Config| {
         quick(config);
         // Nobody is to be replaced meanwhile.
-        config.timing.dead_ms = 600_000;
+        (config.timing.suspect_ms, config.timing.dead_ms) = (600_000, 600_000);
     };
     let waits = |_, config: &mut file_service::Config| config.timing.write_wait_ms = 60_000;
     let builder = builder.file_servers(3).memory(true).directory_config(tune).file_config(waits);

@@ -1,6 +1,6 @@
 //! BOUNDED: who sends more than can be taken is slowed down.
 
-use super::{Verdict, failed, quick, start};
+use super::{Verdict, failed, start, steady};
 use crate::raw::Writer;
 use bytes::Bytes;
 use cairn_proto::{
@@ -41,13 +41,8 @@ const LIMIT: Duration = Duration::from_secs(60);
 /// # Panics
 /// When there is no cluster to begin with.
 pub async fn stalled_disks(builder: Builder) -> Verdict {
-    let tune = |config: &mut dir_service::Config| {
-        quick(config);
-        // Nobody is to be replaced meanwhile.
-        (config.timing.suspect_ms, config.timing.dead_ms) = (600_000, 600_000);
-    };
     let waits = |_, config: &mut file_service::Config| config.timing.write_wait_ms = 60_000;
-    let builder = builder.file_servers(3).memory(true).directory_config(tune).file_config(waits);
+    let builder = builder.file_servers(3).memory(true).directory_config(steady).file_config(waits);
     let cluster = start(builder).await;
     let writer = Writer::open(&cluster, SESSION).await;
     let grant = writer.grant(CHUNKS + 1).await;

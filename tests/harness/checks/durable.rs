@@ -1,6 +1,6 @@
 //! DURABLE: what was acknowledged survives, where it was said to be.
 
-use super::{Verdict, WORK_LIMIT, bytes, failed, quick, start};
+use super::{Verdict, WORK_LIMIT, bytes, failed, quick, start, steady};
 use crate::{
     eventually::eventually,
     raw::{Writer, Written, addresses, read_copy},
@@ -33,7 +33,7 @@ const SESSION: Duration = Duration::from_secs(120);
 /// When there is no cluster to begin with.
 pub async fn power_loss(builder: Builder, seed: u64) -> Verdict {
     let mut random = StdRng::seed_from_u64(seed);
-    let cluster = start(builder.memory(true).file_servers(3).directory_config(quick)).await;
+    let cluster = start(builder.memory(true).file_servers(3).directory_config(steady)).await;
     for (round, keep) in [CrashKeep::Nothing, CrashKeep::Random].into_iter().enumerate() {
         let mut written = Vec::new();
         let writer = Writer::open(&cluster, SESSION).await;
@@ -120,7 +120,7 @@ async fn copies(cluster: &Cluster, written: &[Written]) -> Verdict {
 /// When there is no cluster to begin with.
 pub async fn unfinished_write(builder: Builder, seed: u64) -> Verdict {
     let mut random = StdRng::seed_from_u64(seed);
-    let cluster = start(builder.memory(true).file_servers(3).directory_config(quick)).await;
+    let cluster = start(builder.memory(true).file_servers(3).directory_config(steady)).await;
     let writer = Writer::open(&cluster, SESSION).await;
     let mut kept = Vec::new();
     let grant = writer.grant(8).await;

@@ -212,9 +212,12 @@ async fn seats(cluster: &Cluster) -> BTreeMap<u64, Vec<u64>> {
 /// makes durable meanwhile.
 #[tokio::test(flavor = "multi_thread")]
 async fn healed_a_disk_that_stalls_does_not_make_its_server_silent() {
-    const STALL: Duration = Duration::from_secs(12);
-    const WATCHED: Duration = Duration::from_secs(8);
-    let cluster = Cluster::builder().file_servers(3).memory(true).build_and_start().await.unwrap();
+    const SILENCE_MS: u64 = 5_000;
+    const WATCHED: Duration = Duration::from_millis(2 * SILENCE_MS);
+    const STALL: Duration = Duration::from_millis(3 * SILENCE_MS);
+    let builder = Cluster::builder().file_servers(3).memory(true);
+    let builder = builder.directory_config(|config| config.timing.suspect_ms = SILENCE_MS);
+    let cluster = builder.build_and_start().await.unwrap();
     let client = cluster.client().await.unwrap();
     write_many(&client, "/before", 20, 4_096).await;
     let stalled = cluster.file_server(1).await.unwrap().id;

@@ -76,7 +76,8 @@ pub(super) fn unlink(
     plan.delete(inode_key);
     if target.inode.kind == v1::Kind::Directory as i32 {
         if children.any {
-            return Err(Error::new(Reason::NotEmpty, format!("{path}: the directory is not empty")).at(path));
+            let why = format!("{path}: the directory is not empty, or a name in it is locked");
+            return Err(Error::new(Reason::NotEmpty, why).at(path));
         }
         let stamp = key::children(target.id);
         plan.require(Precondition::Unchanged(stamp.clone(), children.stamp));

@@ -1,10 +1,15 @@
 //! BOUNDED: beyond every named limit there is a clear error, and nothing was changed.
 
-use cairn_proto::limits;
-use cairn_tests::checks::bounded;
+use cairn_proto::{limits, net};
+use cairn_tests::{checks::bounded, eventually::eventually};
 use client_lib::{LockOptions, Reason, WriteOptions};
 use cluster::Cluster;
 use futures::StreamExt as _;
+use std::time::Duration;
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpStream,
+};
 
 async fn cluster() -> Cluster {
     Cluster::builder().file_servers(1).memory(true).build_and_start().await.unwrap()
@@ -173,4 +178,104 @@ async fn bounded_pages_of_large_attributes_can_be_listed() {
 #[tokio::test(flavor = "multi_thread")]
 async fn bounded_a_sender_is_held_back_while_disks_stall() {
     assert_eq!(bounded::stalled_disks(Cluster::builder()).await, Ok(()));
+}
+
+/// What a server says of itself on a new connection: streams at a time, window of a stream, largest frame, and window of
+/// the connection.
+struct Greeted {
+    _connection: TcpStream,
+    streams: u32,
+    stream_window: u32,
+    frame: u32,
+    window: u32,
+}
+
+/// Greets a server in HTTP/2 by hand (RFC 9113, sections 3.4, 4.1, 6.5 and 6.9) and reads its settings.
+async fn greeted(uri: &str) -> Greeted {
+    const SETTINGS: u8 = 4;
+    const PING: u8 = 6;
+    const WINDOW_UPDATE: u8 = 8;
+    let mut connection = TcpStream::connect(net::authority(uri).unwrap()).await.unwrap();
+    connection.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").await.unwrap();
+    let (mut streams, mut stream_window, mut frame, mut window) = (u32::MAX, 65_535, 16_384, 65_535);
+    let number = |bytes: &[u8]| bytes.iter().fold(0, |sum, byte| sum << 8 | u32::from(*byte));
+    // The settings and the widening of the connection, where there is one, are there before two pings are answered.
+    let mut pings = 0;
+    while pings < 2 {
+        let mut head = [0; 9];
+        read(&mut connection, &mut head).await;
+        let mut payload = vec![0; number(&head[..3]) as usize];
+        read(&mut connection, &mut payload).await;
+        match (head[3], head[4]) {
+            (SETTINGS, 0) => {
+                for setting in payload.chunks_exact(6) {
+                    let value = number(&setting[2..]);
+                    match number(&setting[..2]) {
+                        3 => streams = value,
+                        4 => stream_window = value,
+                        5 => frame = value,
+                        _ => {}
+                    }
+                }
+            }
+            (WINDOW_UPDATE, _) => window += number(&payload),
+            (SETTINGS, _) | (PING, 1) => {
+                pings += u32::from(head[3] == PING);
+                connection.write_all(b"\0\0\x08\x06\0\0\0\0\0two.ping").await.unwrap();
+            }
+            _ => {}
+        }
+    }
+    Greeted { _connection: connection, streams, stream_window, frame, window }
+}
+
+async fn read(connection: &mut TcpStream, bytes: &mut [u8]) {
+    let read = connection.read_exact(bytes);
+    tokio::time::timeout(Duration::from_secs(30), read).await.expect("the server greets").unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bounded_windows_are_wide_for_some_connections_and_narrow_for_all_others() {
+    let cluster = cluster().await;
+    for (uri, roomy) in [
+        (
+            cluster.directory_uri(),
+            [net::SMALL_STREAM_WINDOW_BYTES, net::SMALL_FRAME_BYTES, net::SMALL_CONNECTION_WINDOW_BYTES],
+        ),
+        (
+            cluster.file_server_uri(0),
+            [net::BULK_STREAM_WINDOW_BYTES, net::BULK_FRAME_BYTES, net::BULK_CONNECTION_WINDOW_BYTES],
+        ),
+    ] {
+        let is = |greeted: &Greeted| [greeted.stream_window, greeted.frame, greeted.window];
+        let first = greeted(&uri).await;
+        assert_eq!((is(&first), first.streams), (roomy, limits::STREAMS_PER_CONNECTION_MAX), "{uri}");
+        let mut held = vec![first];
+        for _ in 0..limits::ROOMY_CONNECTIONS_MAX {
+            held.push(greeted(&uri).await);
+        }
+        let last = held.last().unwrap();
+        let narrow = [net::NARROW_WINDOW_BYTES, net::NARROW_FRAME_BYTES, net::NARROW_WINDOW_BYTES];
+        assert_eq!((is(last), last.streams), (narrow, net::NARROW_STREAMS_MAX), "{uri}");
+        // Whoever comes on a narrow connection does all that others do.
+        let client = cluster.client().await.unwrap();
+        let content = vec![7; 3 << 20];
+        client.write("/narrow", content.clone()).await.unwrap();
+        assert_eq!(client.read("/narrow").await.unwrap(), content);
+        let paths = (0..500).map(|number| format!("/small-{number}"));
+        let client = &client;
+        let mut small = futures::stream::iter(paths)
+            .map(|path| async move { client.write(&path, path.clone()).await })
+            .buffer_unordered(500);
+        while let Some(written) = small.next().await {
+            written.unwrap();
+        }
+        drop(held);
+        eventually("places come back", Duration::from_secs(30), || async {
+            let window = greeted(&uri).await.window;
+            if window == roomy[2] { Ok(()) } else { Err(format!("a window of {window} bytes")) }
+        })
+        .await;
+    }
+    cluster.shutdown().await.unwrap();
 }

@@ -18,7 +18,7 @@ use cairn_proto::{
     Error, FILE_DESCRIPTOR_SET, Result,
     host::Host,
     limits::MESSAGE_BYTES_MAX,
-    net::{Incoming, Traffic, server},
+    net::{Incoming, Room, Rooms, Traffic, server},
     v1::{
         cluster_service_server::{self, ClusterServiceServer},
         directory_service_server::{self, DirectoryServiceServer},
@@ -100,8 +100,9 @@ impl App {
         });
         let mut listeners = JoinSet::new();
         let layer = RequestLayer::new(self.life.host.seed, counts.clone());
-        for incoming in incoming {
-            let router = router(&self.life, layer.clone()).await?;
+        let rooms = Rooms::default();
+        for (room, incoming) in incoming.into_iter().flat_map(|incoming| rooms.split(incoming)) {
+            let router = router(&self.life, layer.clone(), room).await?;
             let shutdown = shutdown.clone();
             listeners.spawn(async move {
                 router.serve_with_incoming_shutdown(incoming, shutdown.cancelled_owned()).await
@@ -155,6 +156,7 @@ async fn drain(listeners: &mut JoinSet<Result<(), tonic::transport::Error>>, cou
 async fn router(
     life: &Life,
     layer: RequestLayer,
+    room: Room,
 ) -> Result<
     tonic::transport::server::Router<tower::layer::util::Stack<RequestLayer, tower::layer::util::Identity>>,
 > {
@@ -175,7 +177,7 @@ async fn router(
     };
     let broken = |error| Error::internal(format!("the descriptors for reflection are damaged: {error}"));
     let gate = &life.gate;
-    Ok(server(Traffic::Small)
+    Ok(server(Traffic::Small, room)
         .layer(layer)
         .add_service(health)
         .add_service(

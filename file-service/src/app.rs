@@ -21,7 +21,7 @@ use cairn_proto::{
     Error, FILE_DESCRIPTOR_SET, Reason, Result,
     host::Host,
     limits::MESSAGE_BYTES_MAX,
-    net::{self, Incoming, Traffic, framed::Framed},
+    net::{self, Incoming, Rooms, Traffic, framed::Framed},
     v1::{
         file_service_server::{self, FileServiceServer},
         replica_service_server::{self, ReplicaServiceServer},
@@ -155,31 +155,40 @@ impl App {
                 .with_service_name(tonic_health::pb::health_server::SERVICE_NAME)
                 .with_service_name(own)
         };
-        let server = net::server(Traffic::Bulk)
-            .layer(GuardLayer::new(node.clone()))
-            .add_service(Framed::server(
-                FileServiceServer::new(FileHandler::new(node.clone()))
-                    .max_decoding_message_size(MESSAGE_BYTES_MAX)
-                    .max_encoding_message_size(MESSAGE_BYTES_MAX),
-                &["/cairn.v1.FileService/Write"],
-            ))
-            .add_service(Framed::server(
-                ReplicaServiceServer::new(ReplicaHandler::new(node.clone()))
-                    .max_decoding_message_size(MESSAGE_BYTES_MAX)
-                    .max_encoding_message_size(MESSAGE_BYTES_MAX),
-                &["/cairn.v1.ReplicaService/Replicate"],
-            ))
-            .add_service(health)
-            .add_service(
-                listed(pb::v1::server_reflection_server::SERVICE_NAME).build_v1().map_err(reflection)?,
-            )
-            .add_service(
-                listed(pb::v1alpha::server_reflection_server::SERVICE_NAME)
-                    .build_v1alpha()
-                    .map_err(reflection)?,
+        let guard = GuardLayer::new(node.clone());
+        let mut serving = JoinSet::new();
+        for (room, connections) in Rooms::default().split(Box::pin(futures::stream::select_all(incoming))) {
+            let server = net::server(Traffic::Bulk, room)
+                .layer(guard.clone())
+                .add_service(Framed::server(
+                    FileServiceServer::new(FileHandler::new(node.clone()))
+                        .max_decoding_message_size(MESSAGE_BYTES_MAX)
+                        .max_encoding_message_size(MESSAGE_BYTES_MAX),
+                    &["/cairn.v1.FileService/Write"],
+                ))
+                .add_service(Framed::server(
+                    ReplicaServiceServer::new(ReplicaHandler::new(node.clone()))
+                        .max_decoding_message_size(MESSAGE_BYTES_MAX)
+                        .max_encoding_message_size(MESSAGE_BYTES_MAX),
+                    &["/cairn.v1.ReplicaService/Replicate"],
+                ))
+                .add_service(health.clone())
+                .add_service(
+                    listed(pb::v1::server_reflection_server::SERVICE_NAME).build_v1().map_err(reflection)?,
+                )
+                .add_service(
+                    listed(pb::v1alpha::server_reflection_server::SERVICE_NAME)
+                        .build_v1alpha()
+                        .map_err(reflection)?,
+                );
+            let shutdown = shutdown.clone();
+            serving.spawn(
+                async move {
+                    server.serve_with_incoming_shutdown(connections, shutdown.cancelled_owned()).await
+                }
+                .instrument(span.clone()),
             );
-        let connections = futures::stream::select_all(incoming);
-        let serving = server.serve_with_incoming_shutdown(connections, shutdown.clone().cancelled_owned());
+        }
         let drained = async {
             shutdown.cancelled().await;
             tracing::info!("draining: no new connections, finishing what is under way");
@@ -187,9 +196,7 @@ impl App {
             tokio::time::sleep(Duration::from_millis(node.config.timing.drain_ms)).await;
         };
         tokio::select! {
-            served = serving.instrument(span.clone()) => {
-                served.map_err(|error| Error::new(Reason::Io, format!("serving ended: {error}")))?;
-            }
+            served = all_ended(&mut serving) => served?,
             () = drained => tracing::warn!("some requests did not end in time and are cut off"),
         }
         // Without a signal the last listener ended: stop all the same.
@@ -202,6 +209,17 @@ impl App {
         tracing::info!("stopped");
         Ok(())
     }
+}
+
+/// The end of all servers, or the first failure of one.
+async fn all_ended(serving: &mut JoinSet<Result<(), tonic::transport::Error>>) -> Result<()> {
+    while let Some(ended) = serving.join_next().await {
+        let ended = ended.map_err(|error| error.to_string());
+        ended
+            .and_then(|ended| ended.map_err(|error| error.to_string()))
+            .map_err(|error| Error::new(Reason::Io, format!("serving ended: {error}")))?;
+    }
+    Ok(())
 }
 
 /// Shows in the health service whether this server serves.

@@ -68,7 +68,9 @@ pub const ANSWER_UUID_MS: u64 = 10 * 60 * 1_000;
 /// Concurrent HTTP/2 streams a connection.
 pub const STREAMS_PER_CONNECTION_MAX: u32 = 1_024;
 /// Connections a server accepts at a time.
-pub const CONNECTIONS_MAX: usize = 20_000;
+pub const CONNECTIONS_MAX: usize = 16_384;
+/// Those of them that have wide windows at a time; see `net::Room`.
+pub const ROOMY_CONNECTIONS_MAX: usize = 64;
 /// Requests a server works on at a time; more are answered OVERLOADED.
 pub const REQUESTS_MAX: usize = 4_096;
 /// Calls for locks that the directory works on at a time, most of which wait; they are apart from [`REQUESTS_MAX`].

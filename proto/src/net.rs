@@ -4,8 +4,8 @@
 //! connections, so that the same code runs over TCP, Unix sockets, in-process pipes and a simulated network.
 //!
 //! Small calls and bulk data use separate connections ([`Traffic`]): a 1 MiB frame would delay a small call behind it.
-//! Memory is bounded by connections x window: [`BULK_CONNECTION_WINDOW_BYTES`] and [`SMALL_CONNECTION_WINDOW_BYTES`]
-//! are the most that one peer can have in flight.
+//! Memory is bounded by connections x window ([`window_bytes_max`]): the first [`limits::ROOMY_CONNECTIONS_MAX`]
+//! connections of a server have wide windows, all others those that HTTP/2 gives at least ([`Room`]).
 //!
 //! What a server accepts is bounded before its handlers see it: a connection that sends no greeting in time ends
 //! ([`Wire`]), bytes of requests that are still arriving have a budget and must keep coming ([`Intake`]), and a peer
@@ -30,10 +30,12 @@ use tonic::{
 mod answers;
 pub mod framed;
 mod intake;
+mod rooms;
 mod wire;
 
 pub use answers::{Answer, Answers};
 pub use intake::{Body, Intake};
+pub use rooms::{Roomed, Rooms};
 pub use wire::{Connection, Wire};
 
 /// Metadata key of the id that ties the logs of all services together.
@@ -75,6 +77,14 @@ pub const SMALL_CONNECTION_WINDOW_BYTES: u32 = 2 * 1024 * 1024;
 /// Largest HTTP/2 frame of connections of small calls.
 pub const SMALL_FRAME_BYTES: u32 = 64 * 1024;
 
+/// Receive window of a narrow connection and of each of its streams: the least that HTTP/2 allows a connection.
+pub const NARROW_WINDOW_BYTES: u32 = 65_535;
+/// Largest HTTP/2 frame of narrow connections, the least that HTTP/2 allows.
+pub const NARROW_FRAME_BYTES: u32 = 16 * 1024;
+/// Streams of a narrow connection. Small frames that wait count 256 bytes each against half of the window; were more
+/// streams allowed, a peer that begins a small call on each of them could be taken for an attacker.
+pub const NARROW_STREAMS_MAX: u32 = 100;
+
 /// Longest wait for a connection to be made.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_millis(1_000);
 /// A connection on which nothing arrives for this long is asked whether it lives.
@@ -96,6 +106,29 @@ pub enum Traffic {
     Small,
     /// Chunk data.
     Bulk,
+}
+
+/// How wide the windows of an accepted connection are. A window is memory that the peer may fill without asking.
+///
+/// Few connections carry much at a time, and for them wide windows pay; ten thousand with wide windows would be more than
+/// any machine has. So the first ones get wide windows, for as long as they last, and the others narrow ones, which still
+/// carry a few hundred megabytes a second within one site.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Room {
+    /// One of [`limits::ROOMY_CONNECTIONS_MAX`].
+    Roomy,
+    /// One of the rest.
+    Narrow,
+}
+
+/// Most bytes that all peers of a server together can have sent without anybody having taken them.
+pub const fn window_bytes_max(traffic: Traffic) -> u64 {
+    let roomy = match traffic {
+        Traffic::Small => SMALL_CONNECTION_WINDOW_BYTES,
+        Traffic::Bulk => BULK_CONNECTION_WINDOW_BYTES,
+    };
+    limits::ROOMY_CONNECTIONS_MAX as u64 * roomy as u64
+        + (limits::CONNECTIONS_MAX - limits::ROOMY_CONNECTIONS_MAX) as u64 * NARROW_WINDOW_BYTES as u64
 }
 
 /// Anything that bytes can be read from and written to.
@@ -177,18 +210,24 @@ pub fn channel(network: &Arc<dyn Connect>, uri: &str, traffic: Traffic) -> Resul
     })))
 }
 
-/// A server with the settings for its traffic.
-pub fn server(traffic: Traffic) -> Server {
+/// A server with the settings for its traffic, for connections with so much room.
+pub fn server(traffic: Traffic, room: Room) -> Server {
     let server = Server::builder()
         .http2_keepalive_interval(Some(PING_INTERVAL * 5))
-        .http2_keepalive_timeout(Some(PING_TIMEOUT * 5))
-        .max_concurrent_streams(limits::STREAMS_PER_CONNECTION_MAX);
-    match traffic {
-        Traffic::Small => server
+        .http2_keepalive_timeout(Some(PING_TIMEOUT * 5));
+    match (room, traffic) {
+        (Room::Narrow, _) => server
+            .max_concurrent_streams(NARROW_STREAMS_MAX)
+            .initial_stream_window_size(NARROW_WINDOW_BYTES)
+            .initial_connection_window_size(NARROW_WINDOW_BYTES)
+            .max_frame_size(NARROW_FRAME_BYTES),
+        (Room::Roomy, Traffic::Small) => server
+            .max_concurrent_streams(limits::STREAMS_PER_CONNECTION_MAX)
             .initial_stream_window_size(SMALL_STREAM_WINDOW_BYTES)
             .initial_connection_window_size(SMALL_CONNECTION_WINDOW_BYTES)
             .max_frame_size(SMALL_FRAME_BYTES),
-        Traffic::Bulk => server
+        (Room::Roomy, Traffic::Bulk) => server
+            .max_concurrent_streams(limits::STREAMS_PER_CONNECTION_MAX)
             .initial_stream_window_size(BULK_STREAM_WINDOW_BYTES)
             .initial_connection_window_size(BULK_CONNECTION_WINDOW_BYTES)
             .max_frame_size(BULK_FRAME_BYTES),

@@ -10,7 +10,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use cairn_core::plan::{Mutation, Plan};
 use cairn_proto::{
-    net::{Connect, Io, SERVER_HEADER, Traffic, Wire, channel, server},
+    net::{Connect, Io, Room, SERVER_HEADER, Traffic, Wire, channel, server},
     v1::{
         self,
         replica_service_client::ReplicaServiceClient,
@@ -76,7 +76,7 @@ impl Connect for Meddled {
         let real = channel(&self.inner, uri, Traffic::Bulk).map_err(io::Error::other)?;
         let (near, far) = tokio::io::duplex(PIPE_BYTES);
         let lie = Lie { real: real.clone(), path: self.path, plant: self.plant.clone() };
-        let serving = server(Traffic::Bulk)
+        let serving = server(Traffic::Bulk, Room::Roomy)
             .add_service(Between::<Replica>::new(lie.clone()))
             .add_service(Between::<File>::new(lie.clone()))
             .add_service(Between::<Registry>::new(lie.clone()))

@@ -4,7 +4,7 @@
 use super::Machine;
 use bench::usage::{Meter, Sample};
 use bytes::Bytes;
-use cairn_proto::net::{self, Connect, SystemNetwork, Traffic};
+use cairn_proto::net::{self, Connect, Room, SystemNetwork, Traffic};
 use futures::future::{self, BoxFuture, Ready};
 use std::{
     convert::Infallible,
@@ -29,7 +29,7 @@ pub fn serve() -> io::Result<u16> {
     let listener = runtime.block_on(tokio::net::TcpListener::bind("127.0.0.1:0"))?;
     let port = listener.local_addr()?.port();
     std::thread::spawn(move || {
-        let server = net::server(Traffic::Small).add_service(Echo);
+        let server = net::server(Traffic::Small, Room::Roomy).add_service(Echo);
         let served = runtime.block_on(server.serve_with_incoming(net::accept_tcp(listener)));
         if let Err(error) = served {
             eprintln!("bench: the echo service ended: {error}");

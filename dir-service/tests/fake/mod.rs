@@ -132,7 +132,7 @@ impl Fake {
         };
         self.address = listener.local_addr().unwrap();
         let handler = Handler { kept: self.kept.clone(), net: self.net.clone() };
-        let router = cairn_proto::net::server(Traffic::Small)
+        let router = cairn_proto::net::server(Traffic::Small, cairn_proto::net::Room::Roomy)
             .add_service(FileServiceServer::new(handler.clone()))
             .add_service(ReplicaServiceServer::new(handler));
         self.tasks.push(tokio::spawn(async move {

@@ -2,7 +2,7 @@
 
 use cairn_proto::{
     Error, Reason,
-    net::{self, Incoming, Traffic},
+    net::{self, Incoming, Room, Traffic},
     v1::{
         self,
         cluster_service_server::{ClusterService, ClusterServiceServer},
@@ -58,7 +58,7 @@ impl FakeDirectory {
 
     /// Serves until the task is dropped.
     pub async fn serve(self, incoming: Incoming) {
-        net::server(Traffic::Small)
+        net::server(Traffic::Small, Room::Roomy)
             .add_service(ClusterServiceServer::new(self))
             .serve_with_incoming(incoming)
             .await

@@ -23,7 +23,8 @@ pub struct Wire {
     io: Box<dyn Io>,
     greeting: Option<Greeting>,
     connection: Connection,
-    _permit: Option<OwnedSemaphorePermit>,
+    /// A connection has a place among all, and may have one among the roomy ones.
+    places: Vec<OwnedSemaphorePermit>,
 }
 
 struct Greeting {
@@ -35,17 +36,23 @@ struct Greeting {
 impl Wire {
     /// Wraps a connection.
     pub fn new(io: impl Io) -> Self {
-        Self::make(Box::new(io), None)
+        Self::make(Box::new(io), Vec::new())
     }
 
     /// A connection that holds a place.
     pub(super) fn counted(io: Box<dyn Io>, permit: OwnedSemaphorePermit) -> Self {
-        Self::make(io, Some(permit))
+        Self::make(io, vec![permit])
     }
 
-    fn make(io: Box<dyn Io>, permit: Option<OwnedSemaphorePermit>) -> Self {
+    /// Has it hold one place more.
+    pub(super) fn holding(mut self, place: OwnedSemaphorePermit) -> Self {
+        self.places.push(place);
+        self
+    }
+
+    fn make(io: Box<dyn Io>, places: Vec<OwnedSemaphorePermit>) -> Self {
         let greeting = Some(Greeting { missing: GREETING_BYTES, until: None });
-        Self { io, greeting, connection: Connection::default(), _permit: permit }
+        Self { io, greeting, connection: Connection::default(), places }
     }
 
     /// Ends a connection that has not greeted in time.

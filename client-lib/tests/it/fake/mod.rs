@@ -8,7 +8,7 @@ pub mod splice;
 
 use cairn_proto::{
     Error,
-    net::{Connect, Traffic, server},
+    net::{Connect, Room, Traffic, server},
     v1::{
         self, cluster_service_server::ClusterServiceServer, directory_service_server::DirectoryServiceServer,
         file_service_server::FileServiceServer, session_service_server::SessionServiceServer,
@@ -57,7 +57,7 @@ impl Cluster {
         let face = DirectoryFace(cluster.clone());
         let incoming = net.listen(DIRECTORY);
         tokio::spawn(
-            server(Traffic::Small)
+            server(Traffic::Small, Room::Roomy)
                 .add_service(DirectoryServiceServer::new(face.clone()))
                 .add_service(SessionServiceServer::new(face.clone()))
                 .add_service(ClusterServiceServer::new(face))
@@ -67,7 +67,9 @@ impl Cluster {
             let incoming = net.listen(&uri(number as u64 + 1));
             let service = FileServiceServer::new(FileFace(cluster.clone(), number))
                 .max_decoding_message_size(cairn_proto::limits::MESSAGE_BYTES_MAX);
-            tokio::spawn(server(Traffic::Bulk).add_service(service).serve_with_incoming(incoming));
+            tokio::spawn(
+                server(Traffic::Bulk, Room::Roomy).add_service(service).serve_with_incoming(incoming),
+            );
         }
         cluster
     }

@@ -5,7 +5,7 @@ use crate::{
     directory,
     options::LockOptions,
     pages::Pages,
-    session::Session,
+    session::{Session, Unsettled},
 };
 use cairn_proto::{
     Error, Reason, Result, convert,
@@ -16,7 +16,7 @@ use cairn_proto::{
 };
 use std::{
     sync::{
-        Arc,
+        Arc, Weak,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
@@ -150,6 +150,7 @@ impl Core {
                         ..Default::default()
                     },
                     |channel, request| async move { directory::names(channel).lock(request).await },
+                    |unsettled| drop(tokio::spawn(settle(Arc::downgrade(self), unsettled))),
                 )
                 .await;
             match answer {
@@ -195,6 +196,7 @@ impl Core {
                     force: false,
                 },
                 |channel, request| async move { directory::names(channel).unlock(request).await },
+                drop,
             )
             .await;
         match answer {
@@ -227,6 +229,40 @@ impl Core {
             }
             let Some(again) = this.upgrade() else { return };
             core = again;
+        }
+    }
+}
+
+/// Learns what became of a request for a lock whose asker has given up, and gives back what was granted: the session would
+/// keep it for as long as the client lives. The same request is sent again, with its wait, so that no earlier one can
+/// still be waiting when this one is declined.
+async fn settle(core: Weak<Core>, unsettled: Unsettled<v1::LockRequest>) {
+    let Unsettled { message, session, .. } = &unsettled;
+    let wait = Duration::from_millis(message.wait_ms);
+    while !session.is_ended() {
+        let Some(core) = core.upgrade() else { return };
+        let asked = core
+            .directory
+            .call_with(wait, message.clone(), |channel, request| async move {
+                directory::names(channel).lock(request).await
+            })
+            .await;
+        match asked {
+            Ok(granted) => {
+                if let Some(token) = granted.token.filter(|_| granted.session_id == session.id.0) {
+                    core.release_at_last(message.path.clone(), token.into(), session.clone()).await;
+                }
+                return;
+            }
+            Err(error) if error.reason.is_transient() => {
+                tracing::debug!(path = message.path, %error, "whether a lock was granted is asked again later");
+                drop(core);
+                tokio::time::sleep(RELEASE_PAUSE).await;
+            }
+            Err(error) => {
+                tracing::debug!(path = message.path, %error, "a lock that was given up was not granted");
+                return;
+            }
         }
     }
 }

@@ -157,6 +157,17 @@ impl Drop for Ticket {
     }
 }
 
+/// A request that was given up without an answer: it may have been done, and may still be.
+#[derive(Debug)]
+pub(crate) struct Unsettled<M> {
+    /// As it was sent; with the same id it gets the answer that was lost.
+    pub message: M,
+    /// The session of which it was.
+    pub session: Arc<Session>,
+    /// Keeps the directory from forgetting the answer.
+    _ticket: Option<Ticket>,
+}
+
 /// The revisions at which open handles read, and which of them the directory was told.
 ///
 /// It keeps what is dropped after the oldest one it was told, and anything else for the grace time only. So a reader at
@@ -384,21 +395,28 @@ impl Sessions {
         F: Fn(tonic::transport::Channel, Request<M>) -> Fut,
         Fut: Future<Output = Result<tonic::Response<T>, tonic::Status>>,
     {
-        self.mutate_with(false, extra, build, method).await
+        self.mutate_with(false, extra, build, method, drop).await
     }
 
-    /// As [`Self::mutate`], for what ends with its session, such as a lock: it may be asked for again in any case.
+    /// As [`Self::mutate`], for what ends with its session, such as a lock: it may be asked for again in any case. When it
+    /// is given up without an answer, `unsettled` hears so.
     ///
     /// # Errors
     /// As the call.
-    pub async fn mutate_session<M, T, B, F, Fut>(&self, extra: Duration, build: B, method: F) -> Result<T>
+    pub async fn mutate_session<M, T, B, F, Fut>(
+        &self,
+        extra: Duration,
+        build: B,
+        method: F,
+        unsettled: impl FnOnce(Unsettled<M>),
+    ) -> Result<T>
     where
         M: Clone,
         B: Fn(v1::RequestId, &Session) -> M,
         F: Fn(tonic::transport::Channel, Request<M>) -> Fut,
         Fut: Future<Output = Result<tonic::Response<T>, tonic::Status>>,
     {
-        self.mutate_with(true, extra, build, method).await
+        self.mutate_with(true, extra, build, method, unsettled).await
     }
 
     async fn mutate_with<M, T, B, F, Fut>(
@@ -407,6 +425,7 @@ impl Sessions {
         extra: Duration,
         build: B,
         method: F,
+        unsettled: impl FnOnce(Unsettled<M>),
     ) -> Result<T>
     where
         M: Clone,
@@ -424,7 +443,7 @@ impl Sessions {
             let id = ticket.as_ref().map_or_else(|| self.unnumbered(session.id), Ticket::id);
             let message = build(id, &session);
             let began = Instant::now();
-            match self.directory.call_with(extra, message, &method).await {
+            match self.directory.call_with(extra, message.clone(), &method).await {
                 Err(error) if error.reason == Reason::SessionExpired => {
                     session.end();
                     // Answers are kept for a TTL after the end of their session, so that until then this means that
@@ -444,7 +463,12 @@ impl Sessions {
                         return Err(error);
                     }
                 }
-                answer => return answer,
+                answer => {
+                    if answer.as_ref().is_err_and(|error| error.reason.is_transient()) {
+                        unsettled(Unsettled { message, session, _ticket: ticket });
+                    }
+                    return answer;
+                }
             }
         }
     }

@@ -291,6 +291,30 @@ async fn giving_back_that_is_cancelled_is_done_all_the_same() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_lock_whose_answers_were_all_lost_is_given_back() {
+    let cluster = Cluster::start(3);
+    for wait in [Duration::ZERO, Duration::from_millis(300)] {
+        let client = cluster.builder().deadline(Duration::from_millis(200)).build().unwrap();
+        // Its session is open before answers are lost.
+        client.write("/other", "x").await.unwrap();
+        for _ in 0..10_000 {
+            cluster.fault("Lock", true, Error::unavailable("the answer is lost"));
+        }
+        let error = client.lock("/file", LockOptions::new().wait(wait)).await.unwrap_err();
+        assert!(error.reason.is_transient(), "{error}");
+        assert!(!is_free(&cluster), "it was granted all the same");
+        cluster.faults.lock().clear();
+        eventually("the lock is given back", || is_free(&cluster)).await;
+        // What others hold is not touched by an attempt that was declined.
+        let lock = client.lock("/file", LockOptions::new()).await.unwrap();
+        client.lock("/file", LockOptions::new()).await.unwrap_err();
+        tokio::time::sleep(Duration::from_secs(5)).await;
+        assert!(!is_free(&cluster));
+        lock.unlock().await.unwrap();
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_lock_is_given_back_after_an_outage_longer_than_the_deadline() {
     let cluster = Cluster::start(3);
     let client = cluster.builder().deadline(Duration::from_millis(200)).build().unwrap();

@@ -27,6 +27,10 @@ const SCRUB_MS: u64 = 4_000;
 /// What a lost store may take with it: the lag that the journal's copies may have, and the look that measures it.
 const LAG_MS: u64 = 1_100;
 
+/// Lives of sessions, one for each run. What a dead client held is free when its session has ended, and what a reader may
+/// still open is kept until then.
+const SESSION_TTLS_MS: [u64; 4] = [1_000, 3_000, 3_000, 30_000];
+
 /// Most tasks of one host: a few for each connection, session and request.
 const TASKS_MAX: usize = 2_000;
 /// Most connections of a whole run.
@@ -92,6 +96,7 @@ struct Run {
     files: Vec<HostId>,
     clients: Vec<HostId>,
     observer: HostId,
+    session_ttl: Duration,
     shared: Shared,
     team: Team,
     nemesis: Option<Nemesis>,
@@ -110,7 +115,12 @@ struct Figures {
 impl Run {
     fn new(seed: u64) -> Self {
         let mut world = World::new(seed);
-        let directory = world.add_host("directory", |uri| Service::Directory(directory_config(uri)));
+        // In half of the runs seats also move for evenness, however little there is.
+        let balances = world.dice.random_bool(0.5);
+        let session_ttl =
+            Duration::from_millis(SESSION_TTLS_MS[world.dice.random_range(0..SESSION_TTLS_MS.len())]);
+        let directory =
+            world.add_host("directory", |uri| Service::Directory(directory_config(uri, balances)));
         let directory_uri = world.hosts[directory].uri.clone();
         let count = world.dice.random_range(3..=5);
         let files = (1..=count)
@@ -126,7 +136,7 @@ impl Run {
         let shared = Shared::new();
         let team = Team::new(clients.clone(), shared.clone());
         let figures = Figures::default();
-        Self { world, directory, files, clients, observer, shared, team, nemesis: None, figures }
+        Self { world, directory, files, clients, observer, session_ttl, shared, team, nemesis: None, figures }
     }
 
     fn all(mut self) -> Result<Outcome, String> {
@@ -345,7 +355,7 @@ impl Run {
             .directory(self.world.hosts[self.directory].uri.clone())
             .network(self.world.connector(host))
             .owner(self.world.hosts[host].name.clone())
-            .session_ttl(Duration::from_millis(3_000))
+            .session_ttl(self.session_ttl)
             .chunk_bytes(16 << 10)
             .deadline(Duration::from_millis(8_000))
             .seed(self.world.dice.random())
@@ -437,8 +447,11 @@ fn unhealthy(status: &StatusResponse, servers: usize) -> Option<String> {
 }
 
 /// Times short enough that everything happens within a run.
-fn directory_config(uri: &str) -> dir_service::Config {
+fn directory_config(uri: &str, balances: bool) -> dir_service::Config {
     let mut config = dir_service::Config { advertise: vec![uri.to_owned()], ..Default::default() };
+    if balances {
+        config.effort.balance_ignored_bytes = 0;
+    }
     config.timing.dead_ms = 5_000;
     config.timing.grace_ms = 4_000;
     config.timing.compare_interval_ms = 2_000;

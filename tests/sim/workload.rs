@@ -3,6 +3,7 @@
 pub mod appender;
 pub mod blocks;
 pub mod counter;
+pub mod impatient;
 pub mod ledger;
 pub mod private;
 pub mod shared_names;

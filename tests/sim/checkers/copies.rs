@@ -1,4 +1,6 @@
-//! "Healthy" is true: every server that should hold a chunk of any file gives the same bytes for it.
+//! "Healthy" is true: of every chunk of any file there are as many copies as its group has seats, with the same bytes.
+//!
+//! While a seat moves, the newcomer's copy may be missing, and is said to be; the copy of who gives the seat counts.
 
 use bytes::BytesMut;
 use cairn_proto::{
@@ -45,11 +47,15 @@ async fn file(
         let wanted = chunk.extent.and_then(|extent| extent.chunk).and_then(|chunk| chunk.chunk);
         let seats = chunk.group.map(|group| group.seats).unwrap_or_default();
         let mut first = None;
+        let mut good = 0;
         for copy in chunk.copies {
             let server = copy.server.ok_or("a copy without a server")?;
             // One that lost its seat may be away for good; members are not, in a healthy cluster.
             let is_member = seats.iter().any(|seat| seat.server_id == server.id);
             if !is_member && copy.state == "unreachable" {
+                continue;
+            }
+            if copy.state == "missing" {
                 continue;
             }
             let uri = &server.endpoints.first().ok_or("a server without an address")?.uri;
@@ -70,14 +76,16 @@ async fn file(
             while let Some(part) = parts.message().await.map_err(failed)? {
                 bytes.extend_from_slice(&part.data);
             }
+            good += 1;
             match &first {
                 None => first = Some(bytes),
                 Some(first) if *first == bytes => {}
                 Some(_) => return Err(format!("{wanted:?} on {uri} has other bytes")),
             }
         }
-        if first.is_none() && wanted.is_some() {
-            return Err(format!("{wanted:?} has no copy"));
+        let seats = seats.iter().filter(|seat| seat.server_id != 0).count();
+        if wanted.is_some() && good < seats.max(1) {
+            return Err(format!("{wanted:?} has {good} copies of {seats}"));
         }
     }
     Ok(())

@@ -5,6 +5,7 @@ use super::{
     appender::{self, Appends},
     blocks::{self, Blocks},
     counter::{self, Counter},
+    impatient,
     ledger::Ledger,
     private,
     shared_names::{self, Histories},
@@ -59,6 +60,7 @@ impl Team {
             client.mkdir(&format!("/private-{number}")).await?;
         }
         client.mkdir(LOGS).await?;
+        client.mkdir(impatient::FOLDER).await?;
         client.write(BLOCKS, blocks::first()).await?;
         Ok(())
     }
@@ -84,6 +86,8 @@ impl Team {
         world.spawn(host, appender::run(client.clone(), self.appends.clone(), self.shared.clone(), seed));
         let seed = world.dice.random();
         world.spawn(host, blocks::run(client.clone(), self.blocks.clone(), self.shared.clone(), seed));
+        let seed = world.dice.random();
+        world.spawn(host, impatient::run(client.clone(), self.shared.clone(), seed));
     }
 
     /// The directory's store was lost at some time and rebuilt: what was acknowledged from `certain_ms` on may be gone,
@@ -128,6 +132,7 @@ impl Team {
             Counter::verify(&self.counter, &client).await.map_err(unread)?,
             Appends::verify(&self.appends, &client).await.map_err(unread)?,
             blocks::verify(&self.blocks, &client).await.map_err(unread)?,
+            impatient::verify(&client).await.map_err(unread)?,
         ];
         if let Some(problem) = found.into_iter().flatten().next() {
             return Err(problem);

@@ -59,6 +59,7 @@ const MESSAGES: &[(&str, Decode)] = &contract!(
     SetAttributesRequest SetAttributesResponse StatusRequest StatusResponse TopologyRequest TopologyResponse
     UnlockRequest UnlockResponse WatchRequest WatchResponse WriteRequest WriteResponse
     ComposeRequest ComposeResponse ForgetRequest ForgetResponse
+    LookupManyRequest LookupManyResponse ReadManyRequest ReadManyResponse
 );
 
 #[test]

@@ -2,7 +2,6 @@
 
 use crate::{
     client::{Client, Core},
-    directory,
     lock::{Hold, Wish},
     options::{Condition, WriteOptions},
     read::{PIECE_BYTES_MAX, Sought},
@@ -354,16 +353,10 @@ impl Core {
                 break;
             }
             let message = v1::LookupRequest { path: name.clone(), ..Default::default() };
-            let answer =
-                self.directory
-                    .call(message, |channel, request| async move {
-                        directory::names(channel).lookup(request).await
-                    })
-                    .await;
-            match answer {
-                Ok(answer) => {
+            match self.directory.lookup(message).await {
+                Ok(found) => {
                     unknown.push(name);
-                    let own = answer.attributes.unwrap_or_default().replication;
+                    let own = found.answer.attributes.unwrap_or_default().replication;
                     if own != 0 {
                         replication = own;
                         break;

@@ -2,17 +2,19 @@
 
 use crate::{
     connections::Connections,
-    retry::{Attempts, Retry, restore},
+    retry::{Attempts, Retry, named, restore},
+    together::{Asked, Together},
 };
 use cairn_proto::{
     Error, Reason, Result, limits,
     net::{self, Connect, Traffic},
     request,
     v1::{
-        cluster_service_client::ClusterServiceClient, directory_service_client::DirectoryServiceClient,
-        session_service_client::SessionServiceClient,
+        self, cluster_service_client::ClusterServiceClient, directory_service_client::DirectoryServiceClient,
+        lookup_answer::Outcome, session_service_client::SessionServiceClient,
     },
 };
+use parking_lot::Mutex;
 use std::{
     sync::{
         Arc,
@@ -32,14 +34,44 @@ pub(crate) struct Directory {
     network: Arc<dyn Connect>,
     addresses: Vec<String>,
     connections: Vec<Connections>,
+    /// Lookups at each address.
+    lookups: Vec<Arc<Together<v1::LookupRequest, Found>>>,
     current: AtomicUsize,
     retry: Arc<Retry>,
+}
+
+/// What a lookup found.
+#[derive(Debug)]
+pub(crate) struct Found {
+    /// Without groups and servers.
+    pub answer: v1::LookupResponse,
+    /// Those, of all lookups that were answered together.
+    pub members: Arc<Members>,
+}
+
+/// Groups and servers that came with an answer.
+#[derive(Debug, Default)]
+pub(crate) struct Members(Mutex<Option<(Vec<v1::Group>, Vec<v1::Server>)>>);
+
+impl Members {
+    fn of(groups: Vec<v1::Group>, servers: Vec<v1::Server>) -> Arc<Self> {
+        Arc::new(Self(Mutex::new(Some((groups, servers)))))
+    }
+
+    /// Hands them to the first who calls; when it returns, they are learned.
+    pub fn learn(&self, learn: impl FnOnce(&[v1::Group], &[v1::Server])) {
+        let mut members = self.0.lock();
+        if let Some((groups, servers)) = members.take() {
+            learn(&groups, &servers);
+        }
+    }
 }
 
 impl Directory {
     pub fn new(network: Arc<dyn Connect>, addresses: Vec<String>, retry: Arc<Retry>) -> Self {
         let connections = addresses.iter().map(|_| Connections::default()).collect();
-        Self { network, addresses, connections, current: AtomicUsize::new(0), retry }
+        let lookups = addresses.iter().map(|_| Arc::default()).collect();
+        Self { network, addresses, connections, lookups, current: AtomicUsize::new(0), retry }
     }
 
     /// The address now in use and its channel, for what lasts: streams.
@@ -94,15 +126,11 @@ impl Directory {
         Fut: Future<Output = Result<Response<T>, Status>>,
     {
         let mut attempts = self.retry.start_with(extra);
-        let request_id = format!("{:016x}", self.retry.random());
+        let own = self.own_id();
         loop {
-            match self.attempt(&attempts, extra, &request_id, message.clone(), &method).await {
+            match self.attempt(&attempts, extra, own.as_deref(), message.clone(), &method).await {
                 Ok(answer) => return Ok(answer),
-                Err(mut error) => {
-                    error.detail.request =
-                        request::current().map_or_else(|| request_id.clone(), |id| id.to_string());
-                    attempts.pause(error).await?;
-                }
+                Err(error) => attempts.pause(in_operation(error, own.as_deref())).await?,
             }
         }
     }
@@ -111,7 +139,7 @@ impl Directory {
         &self,
         attempts: &Attempts<'_>,
         extra: Duration,
-        request_id: &str,
+        own: Option<&str>,
         message: M,
         method: &F,
     ) -> Result<T>
@@ -122,26 +150,136 @@ impl Directory {
         let index = self.current();
         let (channel, _under_way) = self.connections[index].pick(|| self.connect(index))?;
         let mut request = Request::new(message);
-        request::stamp(&mut request, Some(request_id));
+        request::stamp(&mut request, own);
+        let answer =
+            async { method(channel, request).await.map_err(|status| restore(status, self.address(index))) };
+        self.wait(index, attempts, extra, answer).await.map(Response::into_inner)
+    }
+
+    /// Looks a path or inode up; with many lookups under way, several in one call.
+    ///
+    /// # Errors
+    /// As [`Self::call`].
+    pub async fn lookup(self: &Arc<Self>, message: v1::LookupRequest) -> Result<Found> {
+        match self.own_id() {
+            Some(own) => request::scope(&own, self.look(message)).await,
+            None => self.look(message).await,
+        }
+    }
+
+    async fn look(self: &Arc<Self>, message: v1::LookupRequest) -> Result<Found> {
+        let mut attempts = self.retry.start();
+        loop {
+            let index = self.current();
+            let directory = self.clone();
+            let answer = self.lookups[index]
+                .ask(message.clone(), move |asked| directory.clone().look_up(index, asked));
+            match self.wait(index, &attempts, Duration::ZERO, answer).await {
+                Ok(found) => return Ok(found),
+                Err(error) => attempts.pause(in_operation(error, None)).await?,
+            }
+        }
+    }
+
+    /// Makes one call for some lookups.
+    async fn look_up(self: Arc<Self>, index: usize, mut asked: Vec<Asked<v1::LookupRequest, Found>>) {
+        while asked.len() > 1 {
+            let lookups = asked.iter().map(|asked| asked.question.clone()).collect();
+            let message = v1::LookupManyRequest { lookups };
+            let answer = self.once(index, message, |channel, request| async move {
+                names(channel).lookup_many(request).await
+            });
+            let answer = match answer.await {
+                // An older directory.
+                Err(error) if error.reason == Reason::NotSupported => break,
+                Err(error) => {
+                    asked.into_iter().for_each(|asked| asked.answer(Err(error.clone())));
+                    return;
+                }
+                Ok(answer) => answer,
+            };
+            if answer.answers.is_empty() {
+                // Dropped, they are told that there was no answer.
+                return;
+            }
+            let members = Members::of(answer.groups, answer.servers);
+            let rest = asked.split_off(answer.answers.len().min(asked.len()));
+            for (asked, answer) in asked.into_iter().zip(answer.answers) {
+                asked.answer(match answer.outcome {
+                    Some(Outcome::Found(answer)) => Ok(Found { answer, members: members.clone() }),
+                    Some(Outcome::Error(error)) => Err(named(Error::from_wire(error), self.address(index))),
+                    None => Err(Error::internal("the directory answered a lookup with nothing")),
+                });
+            }
+            // The answer was full before them.
+            asked = rest;
+        }
+        let single = |asked: Asked<v1::LookupRequest, Found>| async {
+            let found = self.once(index, asked.question.clone(), |channel, request| async move {
+                names(channel).lookup(request).await
+            });
+            asked.answer(found.await.map(|mut answer| {
+                let groups = std::mem::take(&mut answer.groups);
+                let members = Members::of(groups, std::mem::take(&mut answer.servers));
+                Found { answer, members }
+            }));
+        };
+        futures::future::join_all(asked.into_iter().map(single)).await;
+    }
+
+    /// Makes a call once, for as long as one attempt may take.
+    async fn once<M, T, F, Fut>(&self, index: usize, message: M, method: F) -> Result<T>
+    where
+        F: FnOnce(Channel, Request<M>) -> Fut,
+        Fut: Future<Output = Result<Response<T>, Status>>,
+    {
+        let (channel, _under_way) = self.connections[index].pick(|| self.connect(index))?;
+        let mut request = Request::new(message);
+        request::stamp(&mut request, self.own_id().as_deref());
+        match tokio::time::timeout(ATTEMPT, method(channel, request)).await {
+            Ok(Ok(answer)) => Ok(answer.into_inner()),
+            Ok(Err(status)) => Err(restore(status, self.address(index))),
+            Err(_) => Err(self.silent(index, ATTEMPT)),
+        }
+    }
+
+    /// Waits for the answer of one attempt, and leaves an address that gives none for the next one.
+    async fn wait<T>(
+        &self,
+        index: usize,
+        attempts: &Attempts<'_>,
+        extra: Duration,
+        answer: impl Future<Output = Result<T>>,
+    ) -> Result<T> {
         let patience = (ATTEMPT + extra).min(attempts.remaining()).max(Duration::from_millis(1));
-        let error = match tokio::time::timeout(patience, method(channel, request)).await {
-            Ok(Ok(answer)) => return Ok(answer.into_inner()),
-            Ok(Err(status)) => restore(status, self.address(index)),
-            Err(_) => Error::new(
-                Reason::DeadlineExceeded,
-                format!(
-                    "the directory at {} did not answer in {} ms",
-                    self.address(index),
-                    patience.as_millis()
-                ),
-            )
-            .on(self.address(index)),
+        let error = match tokio::time::timeout(patience, answer).await {
+            Ok(Ok(answer)) => return Ok(answer),
+            Ok(Err(error)) => error,
+            Err(_) => self.silent(index, patience),
         };
         if matches!(error.reason, Reason::Unavailable | Reason::DeadlineExceeded | Reason::Rebuilding) {
             self.rotate(index);
         }
         Err(error)
     }
+
+    fn silent(&self, index: usize, patience: Duration) -> Error {
+        let address = self.address(index);
+        let why = format!("the directory at {address} did not answer in {} ms", patience.as_millis());
+        Error::new(Reason::DeadlineExceeded, why).on(address)
+    }
+
+    /// An id for calls that are part of no operation.
+    fn own_id(&self) -> Option<String> {
+        request::current().is_none().then(|| format!("{:016x}", self.retry.random()))
+    }
+}
+
+/// An error that names the operation it is about.
+fn in_operation(mut error: Error, own: Option<&str>) -> Error {
+    let current = request::current();
+    error.detail.request = current.as_deref().or(own).unwrap_or_default().to_owned();
+    error
 }
 
 /// The stub for names, versions and locks.

@@ -64,6 +64,7 @@ mod segments;
 mod servers;
 mod session;
 mod task;
+mod together;
 mod write;
 
 pub use cairn_proto::{

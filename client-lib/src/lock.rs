@@ -321,12 +321,8 @@ impl Core {
     /// The inode that a path leads to; 0 for none.
     async fn inode_of(&self, path: &str) -> Result<u64> {
         let message = v1::LookupRequest { path: path.to_owned(), ..Default::default() };
-        let answer = self
-            .directory
-            .call(message, |channel, request| async move { directory::names(channel).lookup(request).await })
-            .await;
-        match answer {
-            Ok(answer) => Ok(answer.attributes.unwrap_or_default().inode),
+        match self.directory.lookup(message).await {
+            Ok(found) => Ok(found.answer.attributes.unwrap_or_default().inode),
             Err(error) if matches!(error.reason, Reason::NotFound | Reason::NotADirectory) => Ok(0),
             Err(error) => Err(error.at(path)),
         }

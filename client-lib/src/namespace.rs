@@ -296,12 +296,8 @@ impl Client {
     pub async fn stat(&self, path: &str) -> Result<Attributes> {
         let path = FilePath::parse(path)?.to_string();
         let message = v1::LookupRequest { path: path.clone(), ..Default::default() };
-        let answer = self
-            .core()
-            .directory
-            .call(message, |channel, request| async move { directory::names(channel).lookup(request).await })
-            .await
-            .map_err(|error| error.at(path.as_str()))?;
+        let answer =
+            self.core().directory.lookup(message).await.map_err(|error| error.at(path.as_str()))?.answer;
         convert::required(answer.attributes, "attributes")
     }
 
@@ -571,11 +567,10 @@ impl Client {
                 let message = v1::LookupRequest { path: path.clone(), ..Default::default() };
                 from = core
                     .directory
-                    .call(message, |channel, request| async move {
-                        directory::names(channel).lookup(request).await
-                    })
+                    .lookup(message)
                     .await
                     .map_err(|error| error.at(path.as_str()))?
+                    .answer
                     .revision
                     + 1;
             }

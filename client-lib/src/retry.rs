@@ -205,7 +205,11 @@ pub(crate) fn restore(status: tonic::Status, server: &str) -> Error {
     if transport {
         return Error::unavailable(format!("{server} cannot be reached: {}", status.message())).on(server);
     }
-    let error = Error::from(status);
+    named(Error::from(status), server)
+}
+
+/// Says which server an error is about, where that is of use.
+pub(crate) fn named(error: Error, server: &str) -> Error {
     // What is wrong with a path is so whoever says it; only trouble of a server needs its name.
     let of_server = (error.reason.is_transient() && error.reason != Reason::TooFewServers)
         || matches!(

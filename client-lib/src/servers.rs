@@ -2,6 +2,7 @@
 
 use crate::{
     connections::{Connections, UnderWay},
+    read::short::ShortReads,
     write::primary::SharedStream,
 };
 use async_trait::async_trait;
@@ -36,6 +37,8 @@ const ENDPOINT_PATIENCE: Duration = Duration::from_millis(150);
 const ASTRAY_INTERVAL: Duration = Duration::from_secs(1);
 /// Latencies kept of each server.
 const SAMPLES: usize = 64;
+/// Fewer say nothing.
+const SAMPLES_MIN: usize = 8;
 /// A server that does not answer an empty question for this long counts as away. Grows with its own latencies.
 const PROBE_MIN: Duration = Duration::from_millis(120);
 const PROBE_MAX: Duration = Duration::from_millis(250);
@@ -129,13 +132,10 @@ impl Servers {
     /// Takes in what an answer says of servers.
     pub fn learn(&self, servers: &[v1::Server]) {
         for server in servers.iter().filter(|server| server.id != 0 && !server.endpoints.is_empty()) {
-            let uris = server.endpoints.iter().take(16).map(|endpoint| endpoint.uri.clone()).collect();
             let id = ServerId(server.id);
             match self.links.get(&id) {
-                Some(link) => link.update(uris, server),
-                None => {
-                    self.links.insert(id, ServerLink::new(&self.network, uris, server, &self.cluster_id));
-                }
+                Some(link) => link.update(server),
+                None => self.links.insert(id, ServerLink::new(&self.network, server, &self.cluster_id)),
             }
         }
     }
@@ -155,6 +155,11 @@ impl Servers {
     }
 }
 
+/// Where a server is, as the directory says.
+fn uris(server: &v1::Server) -> Vec<String> {
+    server.endpoints.iter().take(16).map(|endpoint| endpoint.uri.clone()).collect()
+}
+
 /// One file server.
 pub(crate) struct ServerLink {
     pub id: ServerId,
@@ -163,6 +168,8 @@ pub(crate) struct ServerLink {
     small: Connections,
     bulk: [Mutex<Option<Channel>>; BULK_CONNECTIONS],
     turn: AtomicUsize,
+    /// Reads of short ranges.
+    pub reads: Arc<ShortReads>,
     state: Mutex<LinkState>,
     failures: watch::Sender<u64>,
     /// The long-lived stream for small chunks.
@@ -174,6 +181,10 @@ pub(crate) struct ServerLink {
 struct LinkState {
     server: Arc<v1::Server>,
     latencies: VecDeque<Duration>,
+    /// Of those, as it was lately.
+    high_latency: Option<Duration>,
+    /// Latencies that came since.
+    fresh: usize,
     avoided: bool,
     last_alive: Option<Instant>,
     astray_at: Option<Instant>,
@@ -186,14 +197,9 @@ impl fmt::Debug for ServerLink {
 }
 
 impl ServerLink {
-    fn new(
-        network: &Arc<dyn Connect>,
-        uris: Vec<String>,
-        server: &v1::Server,
-        cluster_id: &Arc<Mutex<String>>,
-    ) -> Arc<Self> {
-        let endpoints =
-            Endpoints { network: network.clone(), uris: RwLock::new(uris), good: AtomicUsize::new(0) };
+    fn new(network: &Arc<dyn Connect>, server: &v1::Server, cluster_id: &Arc<Mutex<String>>) -> Arc<Self> {
+        let uris = RwLock::new(uris(server));
+        let endpoints = Endpoints { network: network.clone(), uris, good: AtomicUsize::new(0) };
         Arc::new_cyclic(|this| Self {
             id: ServerId(server.id),
             endpoints: Arc::new(endpoints),
@@ -201,9 +207,12 @@ impl ServerLink {
             small: Connections::default(),
             bulk: Default::default(),
             turn: AtomicUsize::new(0),
+            reads: Arc::default(),
             state: Mutex::new(LinkState {
                 server: Arc::new(server.clone()),
                 latencies: VecDeque::new(),
+                high_latency: None,
+                fresh: 0,
                 avoided: false,
                 last_alive: None,
                 astray_at: None,
@@ -214,16 +223,19 @@ impl ServerLink {
         })
     }
 
-    fn update(&self, uris: Vec<String>, server: &v1::Server) {
-        self.endpoints.set(uris);
+    fn update(&self, server: &v1::Server) {
         let mut state = self.state.lock();
+        // Every answer says it, and hardly ever something new.
+        if *state.server == *server {
+            return;
+        }
+        self.endpoints.set(uris(server));
         if state.server.incarnation != server.incarnation {
             // Another life of its process: what was seen of the old one says nothing.
             state.latencies.clear();
+            state.high_latency = None;
         }
-        if *state.server != *server {
-            state.server = Arc::new(server.clone());
-        }
+        state.server = Arc::new(server.clone());
     }
 
     /// As the directory describes it.
@@ -299,6 +311,11 @@ impl ServerLink {
         Ok(stub(slot.insert(self.connect(Traffic::Bulk)?).clone()))
     }
 
+    /// It again, to go with a task.
+    pub fn shared_link(&self) -> Option<Arc<Self>> {
+        self.this.upgrade()
+    }
+
     /// How messages name it.
     pub fn name(&self) -> String {
         let uri = self.endpoints.uris.read().first().cloned().unwrap_or_default();
@@ -333,17 +350,20 @@ impl ServerLink {
             state.latencies.pop_front();
         }
         state.latencies.push_back(latency);
+        state.fresh += 1;
+        // Every read asks for it of every replica: it is not computed each time.
+        let count = state.latencies.len();
+        if count >= SAMPLES_MIN && (count < SAMPLES || state.fresh >= SAMPLES_MIN) {
+            state.fresh = 0;
+            let mut sorted: Vec<_> = state.latencies.iter().copied().collect();
+            sorted.sort_unstable();
+            state.high_latency = sorted.get(count * 95 / 100).copied();
+        }
     }
 
     /// The 95th percentile of its recent latencies, once there are a few.
     pub fn high_latency(&self) -> Option<Duration> {
-        let state = self.state.lock();
-        if state.latencies.len() < 8 {
-            return None;
-        }
-        let mut sorted: Vec<_> = state.latencies.iter().copied().collect();
-        sorted.sort_unstable();
-        sorted.get(sorted.len() * 95 / 100).copied()
+        self.state.lock().high_latency
     }
 
     /// Whether nothing was heard of it for `time`.
@@ -453,16 +473,20 @@ mod tests {
     #[tokio::test]
     async fn a_high_percentile_needs_a_few_samples() {
         let network: Arc<dyn Connect> = Arc::new(OnlyThis("", Mutex::default()));
-        let link = ServerLink::new(
-            &network,
-            Vec::new(),
-            &v1::Server { id: 1, ..Default::default() },
-            &Arc::default(),
-        );
-        assert_eq!(link.high_latency(), None);
-        for ms in 1..=100 {
+        let link = ServerLink::new(&network, &v1::Server { id: 1, ..Default::default() }, &Arc::default());
+        for ms in 1..=7 {
             link.answered_in(Duration::from_millis(ms));
         }
-        assert_eq!(link.high_latency(), Some(Duration::from_millis(97)), "of the last 64");
+        assert_eq!(link.high_latency(), None);
+        for ms in 8..=200 {
+            link.answered_in(Duration::from_millis(ms));
+            let of_last = (ms.saturating_sub(64), ms);
+            let exact = of_last.0 + (of_last.1 - of_last.0) * 95 / 100 + 1;
+            let told = link.high_latency().unwrap().as_millis() as u64;
+            assert!(
+                (exact - SAMPLES_MIN as u64..=exact).contains(&told),
+                "{told} of the last 64, up to {ms}"
+            );
+        }
     }
 }

@@ -2,6 +2,7 @@
 
 mod file;
 mod guard;
+mod reading;
 mod replica;
 mod sending;
 

@@ -195,6 +195,16 @@ impl Error {
         self
     }
 
+    /// As one of several answers of a call that itself went well.
+    pub fn to_wire(&self) -> v1::ErrorDetail {
+        v1::ErrorDetail { reason: self.reason.to_wire() as i32, ..(*self.detail).clone() }
+    }
+
+    /// From its form on the wire.
+    pub fn from_wire(detail: v1::ErrorDetail) -> Self {
+        Self { reason: Reason::from_wire(detail.reason()), detail: Box::new(detail) }
+    }
+
     /// The sentence for a person.
     pub fn message(&self) -> &str {
         &self.detail.message
@@ -254,8 +264,7 @@ mod status {
 
     impl From<Error> for Status {
         fn from(error: Error) -> Self {
-            let mut detail = *error.detail.clone();
-            detail.reason = error.reason.to_wire() as i32;
+            let detail = error.to_wire();
             let code = error.reason.code();
             let message = error.to_string();
             let status = RpcStatus {
@@ -277,7 +286,7 @@ mod status {
                 v1::ErrorDetail::decode(any.value.as_slice()).ok()
             });
             if let Some(detail) = detail {
-                return Self { reason: Reason::from_wire(detail.reason()), detail: Box::new(detail) };
+                return Self::from_wire(detail);
             }
             // Not from Cairn's own code: the transport, a proxy, or a limit of the gRPC library.
             let reason = match status.code() {

@@ -37,6 +37,10 @@ pub const PAGE_ENTRIES_DEFAULT: usize = 1_024;
 pub const PAGE_BYTES_MAX: usize = MESSAGE_BYTES_MAX / 2;
 /// Extents in a page of `Lookup`.
 pub const PAGE_EXTENTS_MAX: usize = 1_024;
+/// Lookups in one call, and reads of short ranges.
+pub const QUESTIONS_MAX: usize = 64;
+/// Longest range that is read together with others.
+pub const SHORT_READ_BYTES_MAX: u64 = 64 * 1024;
 /// Chunks in one order or question between servers.
 pub const ORDER_CHUNKS_MAX: usize = 4_096;
 /// Receipts in one commit. At 64 MiB a chunk this is 256 GiB; larger files take several commits.

@@ -5,7 +5,7 @@ use cairn_proto::{
     Error, Reason, Result,
     checksum::{ChunkChecksum, verify_blocks},
     id::ChunkId,
-    limits::BLOCK_BYTES,
+    limits::{BLOCK_BYTES, SHORT_READ_BYTES_MAX},
     net::framed,
     v1,
 };
@@ -13,8 +13,6 @@ use parking_lot::Mutex;
 use std::sync::Arc;
 use tokio::time::Instant;
 
-/// Pieces up to this size use the connections for small calls.
-const SMALL_BYTES_MAX: u64 = 64 * 1024;
 const BLOCK: u64 = BLOCK_BYTES as u64;
 
 /// When something last arrived.
@@ -44,30 +42,39 @@ pub(crate) async fn fetch(link: &ServerLink, piece: &Piece, progress: &Progress)
     let begin = Instant::now();
     let failed = |status| link.judge(restore(status, &link.name()));
     let request = v1::ReadRequest { chunk: piece.chunk.chunk, offset: piece.offset, length: piece.length };
-    let (mut client, _under_way) = match piece.length <= SMALL_BYTES_MAX {
-        true => link.shared().map(|(client, under_way)| (client, Some(under_way)))?,
-        false => (link.bulk()?, None),
-    };
-    let request = framed::expecting(link.request(request));
-    let mut answers = framed::incoming(client.read(request).await.map_err(failed)?);
     let mut check = Check::new(piece);
-    while !check.is_complete() {
-        let Some(message) = answers.message().await.map_err(failed)? else {
-            return Err(Error::unavailable(format!(
-                "file server {} ended a read of chunk {} early",
-                link.name(),
-                check.chunk
-            ))
-            .on(link.name()));
-        };
-        if !progress.last().1 {
-            link.answered_in(begin.elapsed());
-        }
+    if piece.length <= SHORT_READ_BYTES_MAX {
+        let parts = link.read_short(request).await.map_err(|error| link.judge(error))?;
+        link.answered_in(begin.elapsed());
         progress.arrived();
-        check.take(message).map_err(|error| error.on(link.name()))?;
+        for part in parts {
+            check.take(part).map_err(|error| error.on(link.name()))?;
+        }
+        if !check.is_complete() {
+            return Err(early(link, check.chunk));
+        }
+    } else {
+        let mut client = link.bulk()?;
+        let request = framed::expecting(link.request(request));
+        let mut answers = framed::incoming(client.read(request).await.map_err(failed)?);
+        while !check.is_complete() {
+            let Some(message) = answers.message().await.map_err(failed)? else {
+                return Err(early(link, check.chunk));
+            };
+            if !progress.last().1 {
+                link.answered_in(begin.elapsed());
+            }
+            progress.arrived();
+            check.take(message).map_err(|error| error.on(link.name()))?;
+        }
     }
     link.alive();
     check.finish().map_err(|error| error.on(link.name()))
+}
+
+fn early(link: &ServerLink, chunk: ChunkId) -> Error {
+    Error::unavailable(format!("file server {} ended a read of chunk {chunk} early", link.name()))
+        .on(link.name())
 }
 
 /// The verification of one piece.

@@ -4,8 +4,9 @@ pub(crate) mod ahead;
 pub(crate) mod fetch;
 pub(crate) mod hedge;
 pub(crate) mod plan;
+pub(crate) mod short;
 
-use crate::{client::Core, directory, pages::Pages, segments::Segments, task::Task};
+use crate::{client::Core, pages::Pages, segments::Segments, task::Task};
 use cairn_proto::{Error, Reason, Result, v1};
 use plan::{Layout, Part};
 use std::{collections::VecDeque, sync::Arc};
@@ -75,19 +76,14 @@ impl Core {
         let mut key = None;
         let mut pages = Pages::default();
         loop {
-            let page = self
-                .directory
-                .call(message.clone(), |channel, request| async move {
-                    directory::names(channel).lookup(request).await
-                })
-                .await
-                .map_err(|mut error| {
-                    if error.reason == Reason::VersionGone && !message.page_token.is_empty() {
-                        error.reason = Reason::Conflict;
-                    }
-                    error.at(path.as_str())
-                })?;
-            self.learn(&page.groups, &page.servers);
+            let found = self.directory.lookup(message.clone()).await.map_err(|mut error| {
+                if error.reason == Reason::VersionGone && !message.page_token.is_empty() {
+                    error.reason = Reason::Conflict;
+                }
+                error.at(path.as_str())
+            })?;
+            found.members.learn(|groups, servers| self.learn(groups, servers));
+            let page = found.answer;
             let attributes = page.attributes.ok_or_else(|| {
                 Error::internal("the directory answered a lookup without attributes").at(path.as_str())
             })?;

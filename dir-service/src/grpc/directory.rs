@@ -52,6 +52,7 @@ macro_rules! unary {
 
 unary! {
     lookup(LookupRequest) -> LookupResponse = lookup::lookup;
+    lookup_many(LookupManyRequest) -> LookupManyResponse = lookup::lookup_many;
     list(ListRequest) -> ListResponse = list::list;
     lock(LockRequest) -> LockResponse = lock::lock;
     renew_lock(RenewLockRequest) -> RenewLockResponse = lock::renew_lock;

@@ -239,11 +239,19 @@ fn adopt(kept: &mut Kept, topology: v1::TopologyResponse) {
 #[tonic::async_trait]
 impl FileService for Handler {
     type ReadStream = BoxStream<'static, Result<v1::ReadResponse, Status>>;
+    type ReadManyStream = BoxStream<'static, Result<v1::ReadManyResponse, Status>>;
     type WriteStream = BoxStream<'static, Result<v1::WriteResponse, Status>>;
     type FetchFromPrimaryStream = BoxStream<'static, Result<v1::FetchFromPrimaryResponse, Status>>;
     type InventoryStream = BoxStream<'static, Result<v1::InventoryResponse, Status>>;
 
     async fn read(&self, _: Request<v1::ReadRequest>) -> Result<Response<Self::ReadStream>, Status> {
+        Err(Status::unimplemented("not needed"))
+    }
+
+    async fn read_many(
+        &self,
+        _: Request<v1::ReadManyRequest>,
+    ) -> Result<Response<Self::ReadManyStream>, Status> {
         Err(Status::unimplemented("not needed"))
     }
 

@@ -2,7 +2,7 @@
 
 use crate::{
     fetch::{self, Order},
-    grpc::sending::Ahead,
+    grpc::reading,
     ingest::{Begin, Finish, Part, Sender},
     node::Node,
     places::Turn,
@@ -11,18 +11,15 @@ use crate::{
 };
 use async_trait::async_trait;
 use cairn_proto::{
-    Error, Reason, Result,
-    convert::{chunk_id, required},
-    id::{ChunkId, GrantId, ServerId},
-    limits::{BLOCK_BYTES, ORDER_CHUNKS_MAX, READ_DATA_BYTES},
+    Error, Result,
+    convert::required,
+    id::{GrantId, ServerId},
+    limits::ORDER_CHUNKS_MAX,
     net::framed,
     request,
     v1::{self, file_service_server::FileService},
 };
-use futures::{
-    Stream, StreamExt as _,
-    stream::{self, BoxStream},
-};
+use futures::{Stream, StreamExt as _, stream::BoxStream};
 use std::{ops::RangeInclusive, sync::Arc};
 use tokio::{sync::mpsc, task::JoinSet};
 use tokio_stream::wrappers::ReceiverStream;
@@ -53,28 +50,22 @@ type Answers<T> = BoxStream<'static, Result<T, Status>>;
 #[tonic::async_trait]
 impl FileService for FileHandler {
     type ReadStream = Answers<v1::ReadResponse>;
+    type ReadManyStream = Answers<v1::ReadManyResponse>;
     type WriteStream = Answers<v1::WriteResponse>;
     type FetchFromPrimaryStream = Answers<v1::FetchFromPrimaryResponse>;
     type InventoryStream = Answers<v1::InventoryResponse>;
 
     async fn read(&self, request: Request<v1::ReadRequest>) -> Result<Response<Self::ReadStream>, Status> {
         let (_, extensions, request) = request.into_parts();
-        let chunk = chunk_id(request.chunk.as_ref())?;
-        let range = self.range(chunk, request.offset, request.length)?;
-        // The first part is read before the answer begins, so that an error is the answer.
-        let (first, left) = read_part(&self.node, chunk, range).await?;
-        let node = self.node.clone();
-        let rest = stream::try_unfold(left, move |range| {
-            let node = node.clone();
-            async move {
-                if range.is_empty() {
-                    return Ok(None);
-                }
-                read_part(&node, chunk, range).await.map(Some).map_err(Status::from)
-            }
-        });
-        let parts = stream::once(std::future::ready(Ok(first))).chain(Ahead::new(rest));
-        Ok(framed::answer(&extensions, parts))
+        Ok(framed::answer(&extensions, reading::read(self.node.clone(), &request).await?))
+    }
+
+    async fn read_many(
+        &self,
+        request: Request<v1::ReadManyRequest>,
+    ) -> Result<Response<Self::ReadManyStream>, Status> {
+        let (_, extensions, request) = request.into_parts();
+        Ok(framed::answer(&extensions, reading::read_many(self.node.clone(), request.reads)?))
     }
 
     async fn write(
@@ -143,69 +134,7 @@ where
     ReceiverStream::new(stream)
 }
 
-/// What of a chunk is still to be read.
-#[derive(Debug)]
-struct Range {
-    next: u64,
-    end: u64,
-}
-
-impl Range {
-    fn is_empty(&self) -> bool {
-        self.next >= self.end
-    }
-}
-
-/// The next part of a range, and what is left of it.
-async fn read_part(node: &Node, chunk: ChunkId, range: Range) -> Result<(v1::ReadResponse, Range)> {
-    // Parts begin at multiples of their size, as buffers and the device like it.
-    let size = READ_DATA_BYTES as u64;
-    let wanted = (range.end - range.next).min(size - range.next % size) as usize;
-    let room = node.sending.room(wanted).await.map_err(|error| error.on(node.me().to_string()))?;
-    let part = match node.store.read(chunk, range.next, wanted).await {
-        Ok(part) => part,
-        Err(mut error) => {
-            if error.reason == Reason::ChecksumMismatch {
-                node.found_bad(chunk);
-            }
-            error.detail.chunks = vec![v1::ChunkRef { chunk: Some(chunk.into()), ..Default::default() }];
-            return Err(error.on(node.me().to_string()));
-        }
-    };
-    let next = part.offset + part.data.len() as u64;
-    node.metrics.bytes_read.inc_by(part.data.len() as u64);
-    let response = v1::ReadResponse {
-        offset: part.offset,
-        block_checksums: part.blocks,
-        chunk_length: part.info.length,
-        chunk_checksum: part.info.checksum,
-        data: room.held_by(part.data),
-    };
-    Ok((response, Range { next, ..range }))
-}
-
 impl FileHandler {
-    /// The asked bytes, widened to whole blocks and cut to the chunk.
-    fn range(&self, chunk: ChunkId, offset: u64, length: u64) -> Result<Range> {
-        let info = self.node.store.info(chunk).ok_or_else(|| {
-            let mut error = Error::new(Reason::ChunkNotFound, format!("chunk {chunk} is not held here"));
-            error.detail.chunks = vec![v1::ChunkRef { chunk: Some(chunk.into()), ..Default::default() }];
-            error.on(self.node.me().to_string())
-        })?;
-        if offset >= info.length {
-            return Err(Error::invalid(format!(
-                "offset {offset} is behind the {} bytes of chunk {chunk}",
-                info.length
-            )));
-        }
-        let block = BLOCK_BYTES as u64;
-        let end = match length {
-            0 => info.length,
-            length => offset.saturating_add(length).min(info.length),
-        };
-        Ok(Range { next: offset - offset % block, end })
-    }
-
     /// Checks an order to fetch, also that its source is a server of this cluster.
     async fn orders(&self, request: v1::FetchFromPrimaryRequest) -> Result<Vec<Order>> {
         let node = &self.node;

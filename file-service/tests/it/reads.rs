@@ -2,7 +2,8 @@
 
 use crate::harness::*;
 use cairn_proto::{
-    Reason,
+    Error, Reason,
+    checksum::verify_blocks,
     id::ChunkId,
     v1::{self, InventoryDetail},
 };
@@ -118,6 +119,62 @@ async fn rot_is_found_and_healed_although_nobody_reads() {
     }
     eventually("it is healed", || cluster.holders(chunk(1)) == [1, 2, 3]).await;
     assert_eq!(read(&mut cluster.files(2), chunk(1), 0, 0).await.unwrap().1, data);
+}
+
+#[tokio::test(start_paused = true)]
+async fn short_ranges_that_are_asked_together_are_answered_each() {
+    let cluster = Cluster::start().await;
+    let (data, mark) = marked(MIB);
+    cluster.write_to_all(chunk(1), &data).await;
+    cluster.write_to_all(chunk(2), &bytes(3_000)).await;
+    rot(&cluster.server(2).disk, &mark).await;
+    let asked = |index: u32, offset: u64, length: u64| v1::ReadRequest {
+        chunk: Some(chunk(index).into()),
+        offset,
+        length,
+    };
+    let (middle, parts) = (MIB as u64 / 2, 256 * 1024);
+    let reads = vec![
+        asked(1, 5_000, 10),
+        asked(2, 0, 4_096),
+        asked(9, 0, 1),
+        asked(1, middle, 100),
+        asked(1, parts - 5_000, 10_000),
+        asked(2, 3_000, 1),
+        v1::ReadRequest { chunk: None, offset: 0, length: 1 },
+    ];
+    let request = v1::ReadManyRequest { reads: reads.clone() };
+    // A client that knows nothing of framed bodies.
+    let mut answers = cluster.files(2).read_many(request).await.unwrap().into_inner();
+    let (mut got, mut failed) = (vec![Vec::new(); reads.len()], vec![None; reads.len()]);
+    while let Some(answer) = answers.message().await.unwrap() {
+        let index = answer.index as usize;
+        failed[index] = answer.error.map(|error| Error::from_wire(error).reason);
+        let Some(part) = answer.part else { continue };
+        let id = ChunkId::from(reads[index].chunk.unwrap());
+        let block = (part.offset / 4096) as u32;
+        assert_eq!(verify_blocks(id, block, &part.data, &part.block_checksums), None);
+        got[index].push((part.offset as usize, part.data));
+    }
+    let bad = Some(Reason::ChecksumMismatch);
+    let (missing, invalid) = (Some(Reason::ChunkNotFound), Some(Reason::InvalidArgument));
+    assert_eq!(failed, [None, None, missing, bad, None, invalid, invalid]);
+    let whole = |index: usize| {
+        let parts: &Vec<(usize, _)> = &got[index];
+        let joined: Vec<u8> = parts.iter().flat_map(|(_, data)| data.to_vec()).collect();
+        (parts[0].0, joined)
+    };
+    assert_eq!(whole(0), (4_096, data[4_096..8_192].to_vec()));
+    assert_eq!(whole(1), (0, bytes(3_000)));
+    let (first, end) = ((parts as usize - 5_000) / 4_096 * 4_096, parts as usize + 8_192);
+    assert_eq!(whole(4), (first, data[first..end].to_vec()));
+    assert_eq!(got[4].len(), 2, "it lies across the bound of two parts");
+    assert!(got[2].is_empty() && got[3].is_empty() && got[5].is_empty());
+
+    for reads in [vec![asked(1, 0, 1); 65], vec![asked(1, 0, 64 * 1024 + 1)], vec![asked(1, 0, 0)]] {
+        let refused = cluster.files(2).read_many(v1::ReadManyRequest { reads }).await.unwrap_err();
+        assert_eq!(Error::from(refused).reason, Reason::LimitExceeded);
+    }
 }
 
 #[tokio::test(start_paused = true)]

@@ -348,6 +348,24 @@ impl DirectoryService for DirectoryFace {
         Ok(Response::new(told(&lies.lookup, answer)))
     }
 
+    async fn lookup_many(&self, request: Request<v1::LookupManyRequest>) -> Answer<v1::LookupManyResponse> {
+        self.note("LookupMany");
+        let mut many = v1::LookupManyResponse::default();
+        for lookup in request.into_inner().lookups {
+            let outcome = match self.lookup(Request::new(lookup)).await {
+                Ok(found) => {
+                    let mut found = found.into_inner();
+                    (many.groups, many.servers) =
+                        (std::mem::take(&mut found.groups), std::mem::take(&mut found.servers));
+                    v1::lookup_answer::Outcome::Found(found)
+                }
+                Err(status) => v1::lookup_answer::Outcome::Error(Error::from(status).to_wire()),
+            };
+            many.answers.push(v1::LookupAnswer { outcome: Some(outcome) });
+        }
+        Ok(Response::new(many))
+    }
+
     async fn list(&self, request: Request<v1::ListRequest>) -> Answer<v1::ListResponse> {
         self.note("List");
         let request = request.into_inner();

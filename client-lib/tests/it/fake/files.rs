@@ -106,6 +106,7 @@ impl FileFace {
 #[tonic::async_trait]
 impl FileService for FileFace {
     type ReadStream = BoxStream<'static, Result<v1::ReadResponse, Status>>;
+    type ReadManyStream = BoxStream<'static, Result<v1::ReadManyResponse, Status>>;
     type WriteStream = ReceiverStream<Result<v1::WriteResponse, Status>>;
     type FetchFromPrimaryStream = ReceiverStream<Result<v1::FetchFromPrimaryResponse, Status>>;
     type InventoryStream = ReceiverStream<Result<v1::InventoryResponse, Status>>;
@@ -140,6 +141,26 @@ impl FileService for FileFace {
             None => stream::iter(messages.into_iter().map(Ok)).boxed(),
         };
         Ok(Response::new(told))
+    }
+
+    async fn read_many(
+        &self,
+        request: Request<v1::ReadManyRequest>,
+    ) -> Result<Response<Self::ReadManyStream>, Status> {
+        let mut answers = Vec::new();
+        for (index, read) in (0..).zip(request.into_inner().reads) {
+            let told = move |part: Result<v1::ReadResponse, Status>| match part {
+                Ok(part) => v1::ReadManyResponse { index, error: None, part: Some(part) },
+                Err(status) => {
+                    v1::ReadManyResponse { index, error: Some(Error::from(status).to_wire()), part: None }
+                }
+            };
+            match self.read(Request::new(read)).await {
+                Ok(parts) => answers.push(parts.into_inner().map(told).boxed()),
+                Err(status) => answers.push(stream::iter([told(Err(status))]).boxed()),
+            }
+        }
+        Ok(Response::new(stream::select_all(answers).map(Ok).boxed()))
     }
 
     async fn write(

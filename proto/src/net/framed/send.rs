@@ -66,6 +66,24 @@ impl Carrier for v1::ReadResponse {
     }
 }
 
+impl Carrier for v1::ReadManyResponse {
+    fn take_payload(&mut self) -> Bytes {
+        self.part.as_mut().map(Carrier::take_payload).unwrap_or_default()
+    }
+
+    fn put_head(&self, payload: usize, out: &mut BytesMut) {
+        /// Key of the field `ReadResponse part = 15`.
+        const PART_KEY: u8 = 15 << 3 | 2;
+        let Self { index, error, part } = self;
+        put(&Self { index: *index, error: error.clone(), part: None }, out);
+        if let Some(part) = part {
+            out.put_u8(PART_KEY);
+            put_length(part.encoded_len() + key_len(payload) + payload, out);
+            part.put_head(payload, out);
+        }
+    }
+}
+
 impl Carrier for v1::WriteRequest {
     fn take_payload(&mut self) -> Bytes {
         std::mem::take(&mut self.data)

@@ -145,6 +145,15 @@ proptest! {
             let reads: Vec<_> = lengths.iter().enumerate()
                 .map(|(n, &length)| Ok(read_response(n as u64 * 4_096, length))).chain(end(fails)).collect();
             same_as_tonic(reads.clone()).await;
+            let together: Vec<_> = lengths.iter().zip(0u32..).flat_map(|(&length, index)| {
+                let part = Some(read_response(4_096, length));
+                let error = (index % 3 == 1).then(|| Error::not_found("no chunk").at("/a").to_wire());
+                [
+                    Ok(v1::ReadManyResponse { index, error, part }),
+                    Ok(v1::ReadManyResponse { index, error: None, part: None }),
+                ]
+            }).collect();
+            same_as_tonic(together).await;
             let writes: Vec<_> = lengths.iter().enumerate()
                 .map(|(n, &length)| Ok(write_request(n as u64, length, n % 2 == 0))).collect();
             same_as_tonic(writes.clone()).await;

@@ -3,7 +3,7 @@
 use crate::{read::plan::Piece, retry::restore, segments::Segments, servers::ServerLink};
 use cairn_proto::{
     Error, Reason, Result,
-    checksum::{ChunkChecksum, verify_blocks},
+    checksum::{OfBlocks, verify_blocks_of},
     id::ChunkId,
     limits::{BLOCK_BYTES, SHORT_READ_BYTES_MAX},
     net::framed,
@@ -82,7 +82,8 @@ struct Check<'a> {
     piece: &'a Piece,
     chunk: ChunkId,
     next: u64,
-    whole: Option<ChunkChecksum>,
+    /// Of all that was taken.
+    whole: OfBlocks,
     segments: Segments,
 }
 
@@ -92,7 +93,7 @@ impl<'a> Check<'a> {
             piece,
             chunk: piece.chunk.chunk.map(ChunkId::from).unwrap_or_default(),
             next: piece.offset / BLOCK * BLOCK,
-            whole: piece.is_whole().then(ChunkChecksum::default),
+            whole: OfBlocks::default(),
             segments: Segments::default(),
         }
     }
@@ -121,11 +122,9 @@ impl<'a> Check<'a> {
             return Err(self.bad(format_args!("byte {end} is no end of a block")));
         }
         let first = (message.offset / BLOCK) as u32;
-        if let Some(block) = verify_blocks(self.chunk, first, &message.data, &message.block_checksums) {
+        let sums = &message.block_checksums;
+        if let Some(block) = verify_blocks_of(&mut self.whole, self.chunk, first, &message.data, sums) {
             return Err(self.bad(format_args!("block {block} does not match its checksum")));
-        }
-        if let Some(whole) = &mut self.whole {
-            whole.update(&message.data);
         }
         self.next = end;
         let from = self.piece.offset.max(message.offset).min(end);
@@ -136,12 +135,10 @@ impl<'a> Check<'a> {
     }
 
     fn finish(self) -> Result<Segments> {
-        match &self.whole {
-            Some(whole) if whole.value() != self.piece.chunk.checksum => {
-                Err(self.bad("the whole does not match the committed checksum"))
-            }
-            _ => Ok(self.segments),
+        if self.piece.is_whole() && self.whole.value() != self.piece.chunk.checksum {
+            return Err(self.bad("the whole does not match the committed checksum"));
         }
+        Ok(self.segments)
     }
 }
 

@@ -2,7 +2,7 @@
 
 use bytes::Bytes;
 use cairn_proto::{
-    checksum::{ChunkChecksum, block_salt, crc64},
+    checksum::{OfBlocks, block_salt, crc64},
     id::ChunkId,
     limits::BLOCK_BYTES,
     v1,
@@ -21,14 +21,15 @@ pub(crate) struct Sealed {
 }
 
 impl Sealed {
-    /// Computes the checksums: of each block, and while it is in the cache, of the whole.
+    /// Computes the checksums: of each block, and from those of the whole.
     pub fn new(data: Bytes) -> Self {
-        let mut whole = ChunkChecksum::default();
+        let mut whole = OfBlocks::default();
         let blocks = data
             .chunks(BLOCK_BYTES)
             .map(|block| {
-                whole.update(block);
-                crc64(block)
+                let crc = crc64(block);
+                whole.push(crc, block.len());
+                crc
             })
             .collect();
         Self { data, blocks, checksum: whole.value() }

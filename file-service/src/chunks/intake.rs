@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use cairn_proto::{
     Error, Result,
-    checksum::{ChunkChecksum, verify_blocks},
+    checksum::{OfBlocks, verify_blocks_of},
     error::Reason,
     id::ChunkId,
     limits::{BLOCK_BYTES, CHUNK_BYTES_MAX, DATA_BYTES_MAX},
@@ -14,7 +14,7 @@ use cairn_proto::{
 pub(super) struct Intake {
     chunk: ChunkId,
     length: u64,
-    checksum: ChunkChecksum,
+    checksum: OfBlocks,
     /// Salted checksums of all blocks so far.
     blocks: Vec<u64>,
 }
@@ -26,7 +26,7 @@ impl Intake {
             return Err(too_long(chunk));
         }
         let blocks = Vec::with_capacity((hint as usize).div_ceil(BLOCK_BYTES));
-        Ok(Self { chunk, length: 0, checksum: ChunkChecksum::default(), blocks })
+        Ok(Self { chunk, length: 0, checksum: OfBlocks::default(), blocks })
     }
 
     pub(super) fn chunk(&self) -> ChunkId {
@@ -59,11 +59,10 @@ impl Intake {
             return Err(too_long(chunk));
         }
         let first = (self.length / BLOCK_BYTES as u64) as u32;
-        if let Some(bad) = verify_blocks(chunk, first, data, blocks) {
+        if let Some(bad) = verify_blocks_of(&mut self.checksum, chunk, first, data, blocks) {
             let why = format!("block {bad} of chunk {chunk} does not match its checksum; send it again");
             return Err(Error::new(Reason::ChecksumMismatch, why));
         }
-        self.checksum.update(data);
         self.length += data.len() as u64;
         self.blocks.extend_from_slice(blocks);
         Ok(())

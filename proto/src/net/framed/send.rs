@@ -20,6 +20,12 @@ use tonic::{
 const COPIED_BYTES_MAX: usize = 16 * 1024;
 /// Small messages that are there together leave in one frame, up to about this size.
 const GATHERED_BYTES: usize = 32 * 1024;
+/// HTTP/2 of this process copies frames below 256 bytes into its own buffer, which leaves in one system call with the large
+/// frame behind them. What stands before a payload goes in such frames: in one of its own it would leave alone, and wake the
+/// receiver for itself.
+const ALONG_BYTES: usize = 255;
+/// A head up to this size goes along, more would be too many frames.
+const ALONG_BYTES_MAX: usize = 4 * 1024;
 /// Key of the field `bytes data = 15`.
 const DATA_KEY: u8 = 15 << 3 | 2;
 
@@ -123,7 +129,7 @@ pub struct Sent<M> {
     messages: Pin<Box<dyn Stream<Item = Result<M, Status>> + Send>>,
     role: Role,
     head: BytesMut,
-    /// Follows the head that left.
+    /// Follows the head.
     payload: Bytes,
     /// What was copied into the last frame: dropped when the next is asked for.
     kept: Vec<Bytes>,
@@ -187,6 +193,16 @@ impl<M: Carrier> Sent<M> {
         Ok(self.head.len() >= GATHERED_BYTES)
     }
 
+    /// What leaves next of the head, or of the payload behind it.
+    fn next_data(&mut self) -> Bytes {
+        if self.head.is_empty() {
+            return std::mem::take(&mut self.payload);
+        }
+        let goes_along = !self.payload.is_empty() && self.head.len() <= ALONG_BYTES_MAX;
+        let step = if goes_along { self.head.len().min(ALONG_BYTES) } else { self.head.len() };
+        self.head.split_to(step).freeze()
+    }
+
     fn end(&mut self, end: Result<(), Status>) -> Option<Result<Frame<Bytes>, Status>> {
         self.is_over = true;
         match (self.role, end) {
@@ -210,10 +226,10 @@ impl<M: Carrier> Body for Sent<M> {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
         let this = &mut *self;
-        this.kept.clear();
         if !this.payload.is_empty() {
-            return Poll::Ready(Some(Ok(Frame::data(std::mem::take(&mut this.payload)))));
+            return Poll::Ready(Some(Ok(Frame::data(this.next_data()))));
         }
+        this.kept.clear();
         if this.is_over {
             return Poll::Ready(None);
         }
@@ -233,7 +249,7 @@ impl<M: Carrier> Body for Sent<M> {
                 Poll::Pending => {}
             }
             if !this.head.is_empty() {
-                return Poll::Ready(Some(Ok(Frame::data(this.head.split().freeze()))));
+                return Poll::Ready(Some(Ok(Frame::data(this.next_data()))));
             }
         }
     }

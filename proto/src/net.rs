@@ -284,31 +284,4 @@ where
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn addresses_are_checked_before_anything_connects() {
-        let network: Arc<dyn Connect> = Arc::new(SystemNetwork);
-        for bad in ["", "localhost", "127.0.0.1:7400", "https://a:1", "http://a", "http://a:1/x"] {
-            assert!(channel(&network, bad, Traffic::Small).is_err(), "{bad:?}");
-        }
-    }
-
-    #[tokio::test]
-    async fn good_addresses_make_lazy_channels() {
-        let network: Arc<dyn Connect> = Arc::new(SystemNetwork);
-        for good in ["http://127.0.0.1:1", "http://dir:7400/", "unix:/tmp/x.sock"] {
-            assert!(channel(&network, good, Traffic::Bulk).is_ok(), "{good:?}");
-        }
-    }
-
-    #[test]
-    fn windows_and_frames_are_large_enough_for_bulk_and_fit_the_memory_bound() {
-        // A small window with many small DATA frames would have h2 close the connection, and frames of 16 KiB
-        // halve the throughput.
-        const { assert!(BULK_FRAME_BYTES as usize >= limits::DATA_BYTES_MAX) };
-        const { assert!(BULK_CONNECTION_WINDOW_BYTES >= 4 * BULK_FRAME_BYTES) };
-        const { assert!(BULK_STREAM_WINDOW_BYTES <= BULK_CONNECTION_WINDOW_BYTES) };
-    }
-}
+mod tests;

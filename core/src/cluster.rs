@@ -1,9 +1,11 @@
 //! Rules of the cluster: what a server's silence means, where groups and grants go, who holds which seat, when seats move
-//! so that a new server takes its share, what a server's inventory tells, and what is repaired first.
+//! so that a new server takes its share, what a server's inventory tells, what is repaired first, and how several
+//! directories share one store.
 
 pub mod balance;
 pub mod carriers;
 pub mod compare;
+pub mod directories;
 pub mod follow;
 pub mod placement;
 pub mod repair;

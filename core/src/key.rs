@@ -25,6 +25,10 @@
 //! | 0              | u       | answer: UUID, 16 bytes                      |
 //! | 0              | n       | counter: name                               |
 //! | 0              | C       | cluster settings                            |
+//! | 0              | D       | directory on a shared store: id u64         |
+//! | 0              | B       | its beat: id u64                            |
+//! | 0              | H       | notice to a home: directory u64, session u64 |
+//! | 0              | E       | who leads the directories                   |
 //! +----------------+---------+---------------------------------------------+
 //! ```
 //!
@@ -256,6 +260,41 @@ pub fn counter(name: &str) -> Key {
 /// Settings of the cluster.
 pub fn settings() -> Key {
     key(CLUSTER, b'C', &[])
+}
+
+/// A directory that shares its store with others.
+pub fn directory(id: u64) -> Key {
+    key(CLUSTER, b'D', &[&id.to_be_bytes()])
+}
+
+/// Prefix of all directories that share the store.
+pub fn directories() -> Key {
+    key(CLUSTER, b'D', &[])
+}
+
+/// A directory's sign of life.
+pub fn beat(directory: u64) -> Key {
+    key(CLUSTER, b'B', &[&directory.to_be_bytes()])
+}
+
+/// Prefix of the signs of life of all directories.
+pub fn beats() -> Key {
+    key(CLUSTER, b'B', &[])
+}
+
+/// That another directory took a session over from its home, or ended it.
+pub fn notice(home: u64, session: SessionId) -> Key {
+    key(CLUSTER, b'H', &[&home.to_be_bytes(), &session.0.to_be_bytes()])
+}
+
+/// Prefix of all notices to a home.
+pub fn notices(home: u64) -> Key {
+    key(CLUSTER, b'H', &[&home.to_be_bytes()])
+}
+
+/// Which directory does the background work.
+pub fn lead() -> Key {
+    key(CLUSTER, b'E', &[])
 }
 
 /// The number at the end of a key whose last 8 bytes are one.

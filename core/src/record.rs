@@ -399,6 +399,10 @@ pub struct Session {
     /// Reserved: whose data it may see.
     #[prost(string, tag = "6")]
     pub tenant: String,
+    /// Of several directories on one store, the one that renews and expires it ([`crate::cluster::directories`]).
+    /// 0: the only one there is.
+    #[prost(uint64, tag = "7")]
+    pub home: u64,
 }
 record!(Session, "session");
 
@@ -529,8 +533,15 @@ pub struct Settings {
     /// ([`crate::cluster::carriers`]).
     #[prost(uint64, repeated, tag = "9")]
     pub carriers_before: Vec<u64>,
+    /// The cluster's id, a UUID, of a store that several directories share; one that has its store to itself keeps the
+    /// id beside it.
+    #[prost(string, tag = "10")]
+    pub cluster_id: String,
 }
 record!(Settings, "cluster settings");
+
+mod directories;
+pub use directories::{Beat, Directory, Lead};
 
 #[cfg(test)]
 mod hostile;

@@ -124,3 +124,9 @@ pub const JOURNAL_CARRIERS: usize = 3;
 pub const REPLICATION_DEFAULT: u32 = 3;
 /// Most copies.
 pub const REPLICATION_MAX: u32 = 16;
+/// Directories on one store. Each reads the signs of life of all others once a second.
+pub const DIRECTORIES_MAX: usize = 16;
+/// Time between two signs of life of a directory that shares its store.
+pub const DIRECTORY_BEAT_MS: u64 = 1_000;
+/// Silence after which the others declare such a directory dead, and its sessions and its lead go to another.
+pub const DIRECTORY_DEAD_MS: u64 = 5_000;

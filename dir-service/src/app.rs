@@ -12,7 +12,8 @@ use crate::{
     life::Life,
     metrics,
     rebuild::Lobby,
-    store::{JournaledStore, StoreWrapper},
+    shared::SharedLife,
+    store::{JournaledStore, MetaStore, StoreWrapper},
 };
 use cairn_proto::{
     Error, FILE_DESCRIPTOR_SET, Result,
@@ -31,8 +32,11 @@ use std::{
     sync::{Arc, atomic::Ordering},
     time::Duration,
 };
-use tokio::{task::JoinSet, time::Instant};
-use tokio_util::sync::CancellationToken;
+use tokio::{
+    task::{JoinHandle, JoinSet},
+    time::Instant,
+};
+use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
 /// Longest that requests under way may take once the directory stops.
 const DRAIN_MAX: Duration = Duration::from_secs(5);
@@ -42,10 +46,24 @@ const DRAIN_QUIET: Duration = Duration::from_millis(100);
 /// A directory, ready to serve.
 #[derive(Debug)]
 pub struct App {
-    life: Arc<Life>,
-    store: Option<Arc<JournaledStore>>,
+    life: AnyLife,
+    gate: Arc<Gate>,
+    lobby: Arc<Lobby>,
+    seed: u64,
     counts: Arc<Counts>,
     metrics: Option<SocketAddr>,
+}
+
+/// A store of its own, with what was found of it, or one that it shares.
+#[derive(Debug)]
+enum AnyLife {
+    Alone(Arc<Life>, Option<Arc<JournaledStore>>),
+    Shared(Arc<SharedLife>),
+}
+
+enum Running {
+    Alone(JoinHandle<()>),
+    Shared(AbortOnDropHandle<()>),
 }
 
 impl App {
@@ -69,9 +87,29 @@ impl App {
     ) -> Result<Self> {
         let gate = Arc::new(Gate::default());
         let lobby = Arc::new(Lobby::new(config.clone()));
-        let life = Arc::new(Life { config, disk, host, wrapper, gate, lobby });
+        let seed = host.seed;
+        let (gate_of, lobby_of) = (gate.clone(), lobby.clone());
+        let life = Arc::new(Life { config, disk, host, wrapper, gate: gate_of, lobby: lobby_of });
         let store = life.find().await?;
-        Ok(Self { life, store, counts: Arc::default(), metrics: None })
+        let life = AnyLife::Alone(life, store);
+        Ok(Self { life, gate, lobby, seed, counts: Arc::default(), metrics: None })
+    }
+
+    /// Wires a directory over a store that others use at the same time, each of them an app of its own. `wrapper` stands
+    /// between this one and the store. Nothing is served, nor the store touched, yet.
+    pub fn build_shared(
+        config: Config,
+        store: Arc<dyn MetaStore>,
+        host: Host,
+        wrapper: StoreWrapper,
+    ) -> Self {
+        let gate = Arc::new(Gate::default());
+        let lobby = Arc::new(Lobby::new(config.clone()));
+        let seed = host.seed;
+        let (gate_of, lobby_of) = (gate.clone(), lobby.clone());
+        let life = SharedLife { config, store, host, wrapper, gate: gate_of, lobby: lobby_of };
+        let life = AnyLife::Shared(Arc::new(life));
+        Self { life, gate, lobby, seed, counts: Arc::default(), metrics: None }
     }
 
     /// Serves figures in the form of Prometheus at this address too.
@@ -83,7 +121,7 @@ impl App {
 
     /// What the directory is doing; follow it to know when it serves.
     pub fn gate(&self) -> Arc<Gate> {
-        self.life.gate.clone()
+        self.gate.clone()
     }
 
     /// Serves on all listeners until `shutdown`, then lets requests under way finish, and closes the store.
@@ -91,18 +129,24 @@ impl App {
     /// # Errors
     /// When a listener fails.
     pub async fn serve(self, incoming: Vec<Incoming>, shutdown: CancellationToken) -> Result<()> {
-        let (gate, counts) = (self.life.gate.clone(), self.counts.clone());
+        let (gate, counts) = (self.gate.clone(), self.counts.clone());
         // The directory outlives the listeners: requests under way need it.
         let ended = CancellationToken::new();
-        let life = tokio::spawn(self.life.clone().run(self.store, ended.clone()));
+        // One that shares its store gives no sign of life beyond its end, however it ends.
+        let life = match self.life {
+            AnyLife::Alone(life, store) => Running::Alone(tokio::spawn(life.run(store, ended.clone()))),
+            AnyLife::Shared(life) => {
+                Running::Shared(AbortOnDropHandle::new(tokio::spawn(life.run(ended.clone()))))
+            }
+        };
         let metrics = self.metrics.map(|address| {
             tokio::spawn(metrics::serve(address, gate.clone(), counts.clone(), shutdown.clone()))
         });
         let mut listeners = JoinSet::new();
-        let layer = RequestLayer::new(self.life.host.seed, counts.clone());
+        let layer = RequestLayer::new(self.seed, counts.clone());
         let rooms = Rooms::default();
         for (room, incoming) in incoming.into_iter().flat_map(|incoming| rooms.split(incoming)) {
-            let router = router(&self.life, layer.clone(), room).await?;
+            let router = router(&gate, &self.lobby, layer.clone(), room).await?;
             let shutdown = shutdown.clone();
             listeners.spawn(async move {
                 router.serve_with_incoming_shutdown(incoming, shutdown.cancelled_owned()).await
@@ -125,7 +169,11 @@ impl App {
         listeners.shutdown().await;
         gate.set(Mode::Stopped);
         ended.cancel();
-        if let Err(error) = life.await {
+        let life = match life {
+            Running::Alone(life) => life.await,
+            Running::Shared(life) => life.await,
+        };
+        if let Err(error) = life {
             tracing::error!(%error, "the directory did not end cleanly");
         }
         if let Some(metrics) = metrics {
@@ -154,7 +202,8 @@ async fn drain(listeners: &mut JoinSet<Result<(), tonic::transport::Error>>, cou
 }
 
 async fn router(
-    life: &Life,
+    gate: &Arc<Gate>,
+    lobby: &Arc<Lobby>,
     layer: RequestLayer,
     room: Room,
 ) -> Result<
@@ -176,7 +225,6 @@ async fn router(
             .with_service_name(own)
     };
     let broken = |error| Error::internal(format!("the descriptors for reflection are damaged: {error}"));
-    let gate = &life.gate;
     Ok(server(Traffic::Small, room)
         .layer(layer)
         .add_service(health)
@@ -201,7 +249,7 @@ async fn router(
                 .max_encoding_message_size(MESSAGE_BYTES_MAX),
         )
         .add_service(
-            ClusterServiceServer::new(ClusterHandler::new(gate.clone(), life.lobby.clone()))
+            ClusterServiceServer::new(ClusterHandler::new(gate.clone(), lobby.clone()))
                 .max_decoding_message_size(MESSAGE_BYTES_MAX)
                 .max_encoding_message_size(MESSAGE_BYTES_MAX),
         ))

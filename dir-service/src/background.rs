@@ -1,6 +1,23 @@
 //! Loops beside the requests: each looks, asks a rule of `core` what follows, acts, and looks again.
+//!
+//! Where several directories share a store, each of them looks, and the one that leads acts. Two may believe for a moment
+//! that they lead, one of them late. What each loop does is right all the same:
+//!
+//! | loop | who | why a late one does no harm |
+//! | --- | --- | --- |
+//! | [`heartbeats`] | seats: leads; telling: all | plans require the lead unchanged; file servers take no older topology |
+//! | [`compare`] | looks: all; removes: leads | garbage of a closed grant stays garbage; surplus goes by the group's epoch |
+//! | [`repair`] | leads | a copy more of a committed chunk |
+//! | [`confirm`] | all, of their own commits | tells what was committed |
+//! | [`collect`] | leads | what no session needs, none can need later; records go by plans that require them unchanged |
+//! | [`extents`] | leads | a plan requires the range and its grant; whoever leads next closes the grants |
+//! | [`grants`], [`trash`], [`answers`] | leads | plans that require the records unchanged |
+//! | [`sessions`] | expiry: the home; old grants: leads | plans that require home, session and grant unchanged |
+//! | [`homes`] | leads | plans that require the session unchanged |
+//! | [`follow`] | all | reads |
 
 use crate::{directory::Directory, store::JournaledStore};
+use cairn_core::plan::Mutation;
 use futures::FutureExt as _;
 use std::{future::Future, panic::AssertUnwindSafe, sync::Arc};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -10,8 +27,10 @@ pub mod collect;
 pub mod compare;
 pub mod confirm;
 pub mod extents;
+pub mod follow;
 pub mod grants;
 pub mod heartbeats;
+pub mod homes;
 pub mod repair;
 pub mod sessions;
 pub mod shipping;
@@ -43,8 +62,22 @@ impl Loops {
         for table in crate::cluster::tally::Table::ALL {
             let directory = directory.clone();
             loops.spawn(async move {
-                directory.cluster.tallies.follow(directory.store.clone(), table).await;
+                let store = directory.store.clone();
+                let others_commit =
+                    directory.membership.is_some() && table == crate::cluster::tally::Table::Inodes;
+                let note = |change: &Mutation| {
+                    if others_commit {
+                        extents::note(&directory, change);
+                    }
+                };
+                directory.cluster.tallies.follow(store, table, note).await;
             });
+        }
+        if let Some(membership) = directory.membership.clone() {
+            let beating = directory.clone();
+            loops.spawn(async move { membership.run(&beating.sessions).await });
+            loops.spawn(follow::run(directory.clone()));
+            loops.spawn(homes::run(directory.clone()));
         }
         if let Some(journal) = journal {
             loops.spawn(shipping::run(directory.clone(), journal));

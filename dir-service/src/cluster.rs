@@ -11,9 +11,12 @@
 //! | [`status`] | the health of everything |
 //!
 //! Servers, groups and settings are records of the store. They are kept in memory as well, loaded at the start and
-//! kept current through this directory's own plans.
+//! kept current through this directory's own plans. Where several directories share the store, each of them changes
+//! them: then memory is read anew, all at one revision, after every plan and whenever another one's is seen
+//! ([`crate::background::follow`]). So what is shown as the topology of a revision has every change up to it. Plans
+//! require what they rest on unchanged, whoever may have changed it.
 
-use crate::{config::Config, ids::Ids, store::MetaStore};
+use crate::{config::Config, ids::Ids, membership::Membership, store::MetaStore};
 use cairn_core::{
     cluster::{Candidate, min_copies, placement, seats, server::Silence},
     record,
@@ -102,6 +105,10 @@ pub struct Cluster {
     pub(crate) state: Mutex<State>,
     /// Held while servers, groups or settings are changed.
     pub(crate) changing: tokio::sync::Mutex<()>,
+    /// Held while they are read from the store; the revision they were last read at.
+    pub(crate) loading: tokio::sync::Mutex<Revision>,
+    /// This directory among others on the store, if there may be any.
+    pub(crate) membership: Option<Arc<Membership>>,
     pub(crate) tallies: Tallies,
     pub(crate) shipped: Shipped,
     /// Something changed that background work should look at: a registration, a seat, a gap.
@@ -136,6 +143,7 @@ impl Cluster {
         config: Config,
         cluster_id: String,
         generation: Generation,
+        membership: Option<Arc<Membership>>,
         host: &Host,
     ) -> Result<Self> {
         let (committed, queue) = mpsc::channel(COMMITTED_QUEUE);
@@ -148,6 +156,8 @@ impl Cluster {
             peers: Peers::new(host.network.clone()),
             state: Mutex::new(State::default()),
             changing: tokio::sync::Mutex::new(()),
+            loading: tokio::sync::Mutex::new(Revision(0)),
+            membership,
             tallies: Tallies::default(),
             shipped: Shipped::default(),
             stirred: Notify::new(),
@@ -213,7 +223,13 @@ impl Cluster {
             if replicas == 0 || placement::wanted(&candidates, &placed, replicas, min).is_empty() {
                 return Err(self.too_few(&candidates, replicas, min));
             }
-            self.make_groups(replicas).await?;
+            match self.make_groups(replicas).await {
+                // Another directory was faster, and what it made is known now.
+                Err(error) if self.membership.is_some() && error.reason == Reason::Unavailable => {
+                    tracing::debug!(%error, "electing a group again");
+                }
+                made => made?,
+            }
         }
         Err(Error::unavailable("the groups change all the time: try again").retry_after_ms(100))
     }
@@ -296,10 +312,26 @@ impl Cluster {
         ids.into_iter().filter_map(|id| state.server(ServerId(id))).collect()
     }
 
-    /// Whether a member of a group counts: it is known to keep a topology durably in which it has its seat.
-    pub fn counts(&self, id: GroupId, server: ServerId) -> bool {
+    /// Makes sure that groups are known which another directory may have made.
+    ///
+    /// # Errors
+    /// The store's.
+    pub async fn know(&self, groups: &BTreeSet<u64>) -> Result<()> {
+        let unknown = |state: &State| groups.iter().any(|id| !state.groups.contains_key(&GroupId(*id)));
+        if self.membership.is_some() && unknown(&self.state.lock()) {
+            self.reload().await?;
+        }
+        Ok(())
+    }
+
+    /// Whether a member of a group counts: it is known to keep a topology durably in which it has its seat. The group is
+    /// meant as it was read at a revision; where others change groups, it may be known differently here.
+    pub fn counts(&self, id: GroupId, read: Revision, server: ServerId) -> bool {
         let state = self.state.lock();
         let Some(group) = state.groups.get(&id) else { return false };
+        if self.membership.is_some() && group.revision != read {
+            return false;
+        }
         cairn_core::cluster::is_member(&group.record, server) && !state.is_newcomer(id, server)
     }
 
@@ -351,6 +383,11 @@ impl Cluster {
         self.state.lock().term = life.term;
         self.peers.call_as(life.generation, life.term);
         let _ = self.life.set(life.clone());
+    }
+
+    /// The directories that share the store; none where this one has it to itself.
+    pub(crate) fn directories(&self) -> Vec<v1::DirectoryAddress> {
+        self.membership.as_ref().map_or_else(Vec::new, |membership| membership.addresses())
     }
 
     /// The life that the file servers follow; none before they do.

@@ -83,6 +83,10 @@ pub struct Timing {
     /// How long the record of a closed grant is kept at least, so that what arrives late under it is still known to be
     /// garbage.
     pub grant_keep_ms: u64,
+    /// Between two signs of life of a directory that shares its store with others.
+    pub directory_beat_ms: u64,
+    /// Silence after which the others take the place of such a directory.
+    pub directory_dead_ms: u64,
 }
 
 impl Default for Timing {
@@ -102,6 +106,8 @@ impl Default for Timing {
             answer_uuid_ms: limits::ANSWER_UUID_MS,
             grant_age_ms_max: 3_600_000,
             grant_keep_ms: 3_600_000,
+            directory_beat_ms: limits::DIRECTORY_BEAT_MS,
+            directory_dead_ms: limits::DIRECTORY_DEAD_MS,
         }
     }
 }

@@ -5,6 +5,7 @@ use crate::{
     config::Config,
     fragments::Fragments,
     ids::Ids,
+    membership::Membership,
     ops::{view::View, watch::WatchRoom},
     sessions::Sessions,
     store::{CommitError, JournaledStore, KeyRange, MetaStore},
@@ -12,7 +13,7 @@ use crate::{
 use cairn_core::{
     attributes, key,
     lock::{ENDED_ENTRIES_MAX, Place},
-    plan::{PLAN_MUTATIONS_MAX, Plan},
+    plan::{PLAN_MUTATIONS_MAX, Plan, Precondition},
     record::{self, Counter, Record},
 };
 use cairn_proto::{Error, Result, host::Host, id::Generation};
@@ -34,6 +35,8 @@ pub struct Directory {
     pub cluster: Cluster,
     /// Renewals of sessions, kept in memory only.
     pub sessions: Sessions,
+    /// This directory among others on the same store; none where it has the store to itself.
+    pub membership: Option<Arc<Membership>>,
     /// Files that wait for their extents to be merged.
     pub fragments: Fragments,
     /// Times and factors.
@@ -56,6 +59,8 @@ const REBUILT_EPOCHS: u64 = 1_000;
 pub const RESTORED_BIT: u32 = 32;
 /// Backups at a time: each holds a view of the index and the end of the journal.
 const BACKUPS_MAX: usize = 2;
+/// Times that a directory tries to make the cluster of a store that others prepare, too.
+const PREPARE_ATTEMPTS: u32 = 8;
 /// Records changed by one plan.
 const STEP: usize = 64;
 
@@ -73,11 +78,47 @@ impl Directory {
     ) -> Result<Self> {
         prepare(&store, generation, &host).await?;
         let ids = Arc::new(Ids::new(store.clone()));
-        let cluster =
-            Cluster::load(store.clone(), ids.clone(), config.clone(), cluster_id.clone(), generation, &host)
-                .await?;
-        let sessions = Sessions::default();
-        sessions.load(&*store).await?;
+        Self::load(store, ids, Sessions::default(), None, (cluster_id, generation), config, host).await
+    }
+
+    /// As [`Directory::open`], over a store that other directories use at the same time. The first of them makes the
+    /// cluster; each later one joins.
+    ///
+    /// # Errors
+    /// The store's; `LIMIT_EXCEEDED` when as many directories as may share it.
+    pub async fn open_shared(store: Arc<dyn MetaStore>, config: Config, host: Host) -> Result<Self> {
+        let (cluster_id, generation) = prepare_shared(&store, &host).await?;
+        let ids = Arc::new(Ids::new(store.clone()));
+        let sessions = Sessions::shared();
+        let times = (config.timing.directory_beat_ms, config.timing.directory_dead_ms);
+        let addresses = config.advertise.clone();
+        let membership = Membership::join(store.clone(), ids.clone(), &sessions, addresses, times).await?;
+        let membership = Some(Arc::new(membership));
+        Self::load(store, ids, sessions, membership, (cluster_id, generation), config, host).await
+    }
+
+    async fn load(
+        store: Arc<dyn MetaStore>,
+        ids: Arc<Ids>,
+        sessions: Sessions,
+        membership: Option<Arc<Membership>>,
+        (cluster_id, generation): (String, Generation),
+        config: Config,
+        host: Host,
+    ) -> Result<Self> {
+        let cluster = Cluster::load(
+            store.clone(),
+            ids.clone(),
+            config.clone(),
+            cluster_id.clone(),
+            generation,
+            membership.clone(),
+            &host,
+        )
+        .await?;
+        if membership.is_none() {
+            sessions.load(&*store).await?;
+        }
         let fragments = Fragments::default();
         let backups = Arc::new(tokio::sync::Semaphore::new(BACKUPS_MAX));
         let journal = std::sync::OnceLock::new();
@@ -88,6 +129,7 @@ impl Directory {
             ids,
             cluster,
             sessions,
+            membership,
             fragments,
             config,
             host,
@@ -95,6 +137,18 @@ impl Directory {
             backups,
             watch_room: WatchRoom::default(),
         })
+    }
+
+    /// Whether this directory does the background work: the only one on its store does, of several the one that leads.
+    pub fn leads(&self) -> bool {
+        self.membership.as_ref().is_none_or(|membership| membership.leads().is_some())
+    }
+
+    /// Waits until it does.
+    pub async fn leading(&self) {
+        if let Some(membership) = &self.membership {
+            membership.leading().await;
+        }
     }
 
     /// Whether nobody has made a file or directory yet.
@@ -148,11 +202,56 @@ async fn prepare(store: &Arc<dyn MetaStore>, generation: Generation, host: &Host
         plan.put(key::inode(cairn_proto::id::ROOT_INODE), inode.to_bytes());
     }
     let settings = view_settings(store).await?.unwrap_or_default();
-    let mut random = [0; 16];
-    rand::rngs::StdRng::seed_from_u64(host.seed ^ host.clock.unix_ns()).fill_bytes(&mut random);
-    let store_id = uuid::Builder::from_random_bytes(random).into_uuid().to_string();
+    let store_id = random_id(&mut random_of(host));
     plan.put(key::settings(), record::Settings { generation: generation.0, store_id, ..settings }.to_bytes());
     commit(store, plan).await
+}
+
+/// Makes the cluster of a store that is shared, unless another directory has: whose plan comes second takes what is
+/// there. Answers the cluster's id and its generation.
+async fn prepare_shared(store: &Arc<dyn MetaStore>, host: &Host) -> Result<(String, Generation)> {
+    for _ in 0..PREPARE_ATTEMPTS {
+        if let Some(settings) = view_settings(store).await? {
+            if settings.cluster_id.is_empty() || settings.generation == 0 {
+                return Err(Error::internal(
+                    "the shared store has settings and names no cluster: it was not filled by a migration that ended; \
+                     empty it and migrate again",
+                ));
+            }
+            return Ok((settings.cluster_id, Generation(settings.generation)));
+        }
+        let mut random = random_of(host);
+        let settings = record::Settings {
+            generation: 1,
+            cluster_id: random_id(&mut random),
+            store_id: random_id(&mut random),
+            ..record::Settings::default()
+        };
+        let root = key::inode(cairn_proto::id::ROOT_INODE);
+        let mut plan = Plan::new();
+        plan.require(Precondition::Absent(key::settings()));
+        plan.require(Precondition::Absent(root.clone()));
+        plan.put(root, attributes::root(Generation(1), host.clock.unix_ns()).to_bytes());
+        plan.put(key::settings(), settings.to_bytes());
+        match store.commit(plan).await {
+            Ok(_) => {
+                tracing::info!(cluster = settings.cluster_id, "formed a new cluster on the shared store")
+            }
+            Err(CommitError::Conflict | CommitError::Unknown(_)) => {}
+            Err(CommitError::Refused(error)) => return Err(error),
+        }
+    }
+    Err(Error::unavailable("the shared store could not be prepared: trying again"))
+}
+
+fn random_of(host: &Host) -> rand::rngs::StdRng {
+    rand::rngs::StdRng::seed_from_u64(host.seed ^ host.clock.unix_ns())
+}
+
+fn random_id(random: &mut rand::rngs::StdRng) -> String {
+    let mut bytes = [0; 16];
+    random.fill_bytes(&mut bytes);
+    uuid::Builder::from_random_bytes(bytes).into_uuid().to_string()
 }
 
 async fn view_settings(store: &Arc<dyn MetaStore>) -> Result<Option<record::Settings>> {

@@ -5,6 +5,8 @@
 //!      |          ^    |  ^         |
 //!      v          |    v  +---------+
 //!   rebuilding ---+  rebuilding
+//!
+//!   joining ---> serving ---> stopped         on a store that several directories share
 //! ```
 
 use crate::directory::Directory;
@@ -33,6 +35,11 @@ pub enum Mode {
         /// What it waits for.
         reason: String,
     },
+    /// It shares a store with others, and is about to join them.
+    Joining {
+        /// What it waits for.
+        reason: String,
+    },
     /// It answers.
     Serving(Arc<Directory>),
     /// It will not answer any more.
@@ -46,6 +53,7 @@ impl Mode {
             Self::Forming { .. } => "forming",
             Self::Rebuilding { .. } => "rebuilding",
             Self::Confirming { .. } => "confirming",
+            Self::Joining { .. } => "joining",
             Self::Serving(_) => "serving",
             Self::Stopped => "stopping",
         }
@@ -85,6 +93,10 @@ impl Gate {
                 "the directory asks the file servers whether its store is the newest: {reason}"
             ))
             .retry_after_ms(RETRY_MS)),
+            Mode::Joining { reason } => Err(Error::unavailable(format!(
+                "the directory is about to join those that share its store: {reason}"
+            ))
+            .retry_after_ms(RETRY_MS)),
             Mode::Stopped => Err(Error::unavailable("the directory is stopping: try another, or again")),
         }
     }
@@ -100,6 +112,7 @@ impl Gate {
             Mode::Forming { reason } => tracing::info!(%reason, "forming"),
             Mode::Rebuilding { reason } => tracing::warn!(%reason, "rebuilding"),
             Mode::Confirming { reason } => tracing::info!(%reason, "confirming"),
+            Mode::Joining { reason } => tracing::info!(%reason, "joining"),
             Mode::Serving(directory) => tracing::info!(
                 cluster = %directory.cluster_id,
                 generation = directory.generation.0,

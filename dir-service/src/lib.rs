@@ -7,10 +7,12 @@
 //! | [`directory`] | the parts that every operation needs |
 //! | [`cluster`] | file servers, placement groups, copies |
 //! | [`sessions`] | renewals |
+//! | [`membership`] | this directory among others on one store |
 //! | [`fragments`] | files that wait for their extents to be merged |
 //! | [`background`] | loops beside the requests |
 //! | [`app`] | wires the parts, serves, stops |
 //! | [`life`] | from an empty disk or an opened store to a serving directory |
+//! | [`shared`] | the same on a store that several directories share |
 //! | [`rebuild`] | forming a cluster, rebuilding one from its file servers |
 //! | [`gate`] | between handlers and the directory: forming, rebuilding, serving |
 //! | [`grpc`] | handlers |
@@ -28,11 +30,13 @@ pub mod gate;
 pub mod grpc;
 pub mod ids;
 pub mod life;
+pub mod membership;
 pub mod metrics;
 pub mod ops;
 pub mod rebuild;
 pub mod restore;
 pub mod sessions;
+pub mod shared;
 pub mod store;
 #[cfg(test)]
 pub(crate) mod testing;

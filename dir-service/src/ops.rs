@@ -12,6 +12,7 @@ pub mod list;
 pub mod lock;
 pub mod lookup;
 pub mod rename;
+mod renew;
 pub mod resolve;
 pub mod session;
 pub mod set_attributes;

@@ -200,6 +200,7 @@ impl Lobby {
             topology: None,
             rebuilding: true,
             life: None,
+            directories: Vec::new(),
         };
         let blank = request.cluster_id.is_empty();
         let mut state = self.state.lock();
@@ -241,6 +242,7 @@ impl Lobby {
             state: v1::ServerState::Joining as i32,
             topology: None,
             life: None,
+            directories: Vec::new(),
         })
     }
 

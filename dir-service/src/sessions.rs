@@ -12,13 +12,14 @@
 
 use crate::store::{KeyRange, MetaStore};
 use cairn_core::{
+    cluster::directories::Floor,
     key,
     record::{Record, Session},
 };
 use cairn_proto::{
     Error, Reason, Result,
     id::{Revision, SessionId},
-    limits::{GRANTS_PER_SESSION_MAX, LOCKS_PER_SESSION_MAX, SESSIONS_MAX},
+    limits::{GRANTS_PER_SESSION_MAX, LOCKS_PER_SESSION_MAX, SESSION_TTL_MS_DEFAULT, SESSIONS_MAX},
 };
 use parking_lot::Mutex;
 use std::{
@@ -27,11 +28,15 @@ use std::{
 };
 use tokio::{sync::Notify, time::Instant};
 
+mod homes;
 mod queue;
+pub use homes::Kept;
 pub use queue::{Queues, Turn};
 
 /// Entries read at a time when the sessions are loaded.
 const LOAD_PAGE: usize = 1_024;
+/// Locks or grants of a session that a directory which shares its store gives before it counts them again.
+const COUNTED_FOR: usize = 64;
 /// Parts that a span of time is divided into to remember which revisions it began at.
 const HISTORY_PARTS: u32 = 64;
 
@@ -50,6 +55,10 @@ struct Table {
     living: HashMap<SessionId, Living>,
     /// Sessions whose locks and grants are being ended, and until when their answers are kept.
     ending: HashMap<SessionId, Ending>,
+    /// What others on the same store are told of what is read here; `None` where this directory is the only one.
+    shared: Option<Floor>,
+    /// Sessions whose home is elsewhere.
+    elsewhere: usize,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -60,6 +69,17 @@ struct Living {
     /// At least as many as it has: counted again when this reaches the limit.
     locks: usize,
     grants: usize,
+    /// Plans under way that make this its home.
+    arriving: u32,
+    /// Whether this is its home; where it is not known, its record is read first.
+    here: bool,
+}
+
+impl Living {
+    /// One whose locks and grants are counted when it takes one.
+    fn uncounted(ttl: Duration, deadline: Instant, reads: Reads) -> Self {
+        Self { ttl, deadline, reads, locks: usize::MAX, grants: usize::MAX, arriving: 0, here: true }
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -106,6 +126,11 @@ impl Possession {
             Self::Grant => GRANTS_PER_SESSION_MAX,
         }
     }
+
+    /// What a count is taken for. On a shared store others give some out, too: it is counted again soon.
+    fn counted_as(self, number: usize, shared: bool) -> usize {
+        if shared { number.max(self.most().saturating_sub(COUNTED_FOR)) } else { number }
+    }
 }
 
 impl Sessions {
@@ -126,14 +151,7 @@ impl Sessions {
                 if session.ended {
                     table.ending.entry(id).or_insert(Ending { ttl, forgotten_at: None });
                 } else {
-                    table.living.entry(id).or_insert(Living {
-                        ttl,
-                        deadline: now + ttl,
-                        reads: Reads::Unknown,
-                        // Not counted yet: counted at the first lock or grant.
-                        locks: usize::MAX,
-                        grants: usize::MAX,
-                    });
+                    table.living.entry(id).or_insert(Living::uncounted(ttl, now + ttl, Reads::Unknown));
                 }
             }
             match page.entries.last() {
@@ -151,7 +169,7 @@ impl Sessions {
     /// `LIMIT_EXCEEDED`.
     pub fn admit(&self) -> Result<()> {
         let table = self.table.lock();
-        if table.living.len() + table.ending.len() >= SESSIONS_MAX {
+        if table.living.len() + table.ending.len() + table.elsewhere >= SESSIONS_MAX {
             return Err(Error::limit(format!(
                 "{SESSIONS_MAX} sessions are open, which is the most: close some"
             )));
@@ -163,13 +181,16 @@ impl Sessions {
     pub fn opened(&self, id: SessionId, ttl_ms: u64) {
         let ttl = Duration::from_millis(ttl_ms);
         let mut table = self.table.lock();
+        let shared = table.shared.is_some();
         if !table.ending.contains_key(&id) {
             table.living.entry(id).or_insert(Living {
                 ttl,
                 deadline: Instant::now() + ttl,
                 reads: Reads::Nothing,
-                locks: 0,
-                grants: 0,
+                locks: Possession::Lock.counted_as(0, shared),
+                grants: Possession::Grant.counted_as(0, shared),
+                arriving: 0,
+                here: true,
             });
         }
         drop(table);
@@ -196,25 +217,29 @@ impl Sessions {
         Ok(living.ttl.as_millis() as u64)
     }
 
-    /// Whether a session lives.
+    /// Whether a session lives, as far as this directory knows: of one whose home is elsewhere its record tells.
     ///
     /// # Errors
     /// `SESSION_EXPIRED`.
     pub fn check(&self, id: SessionId) -> Result<()> {
         let table = self.table.lock();
         match table.living.get(&id) {
-            Some(living) if Instant::now() < living.deadline => Ok(()),
+            Some(living) if !living.here || Instant::now() < living.deadline => Ok(()),
+            // Its record tells.
+            None if table.shared.is_some() && !table.ending.contains_key(&id) => Ok(()),
             _ => Err(expired(id)),
         }
     }
 
-    /// Time until a session ends unless renewed; 0 for one that has ended.
+    /// Time until a session ends unless renewed; 0 for one that has ended. Of one whose home is elsewhere only that knows:
+    /// as long as sessions live by default.
     pub fn expires_in_ms(&self, id: SessionId) -> u64 {
         let table = self.table.lock();
-        table
-            .living
-            .get(&id)
-            .map_or(0, |living| living.deadline.saturating_duration_since(Instant::now()).as_millis() as u64)
+        match table.living.get(&id) {
+            Some(living) => living.deadline.saturating_duration_since(Instant::now()).as_millis() as u64,
+            None if table.shared.is_some() && !table.ending.contains_key(&id) => SESSION_TTL_MS_DEFAULT,
+            None => 0,
+        }
     }
 
     /// Number of living sessions.
@@ -226,7 +251,9 @@ impl Sessions {
     /// [`Sessions::counted`].
     pub fn take(&self, id: SessionId, what: Possession) -> bool {
         let mut table = self.table.lock();
-        let Some(living) = table.living.get_mut(&id) else { return true };
+        let shared = table.shared.is_some();
+        // Of one whose home is elsewhere nothing is counted here.
+        let Some(living) = table.living.get_mut(&id) else { return !shared };
         let count = match what {
             Possession::Lock => &mut living.locks,
             Possession::Grant => &mut living.grants,
@@ -240,7 +267,9 @@ impl Sessions {
 
     /// How many of something a session really has.
     pub fn counted(&self, id: SessionId, what: Possession, number: usize) {
-        if let Some(living) = self.table.lock().living.get_mut(&id) {
+        let mut table = self.table.lock();
+        let number = what.counted_as(number, table.shared.is_some());
+        if let Some(living) = table.living.get_mut(&id) {
             match what {
                 Possession::Lock => living.locks = number,
                 Possession::Grant => living.grants = number,
@@ -262,9 +291,9 @@ impl Sessions {
     pub fn due(&self) -> Vec<SessionId> {
         let now = Instant::now();
         let mut table = self.table.lock();
-        let Table { living, ending } = &mut *table;
+        let Table { living, ending, .. } = &mut *table;
         living.retain(|id, session| {
-            let lives = now < session.deadline;
+            let lives = now < session.deadline || session.arriving > 0;
             if !lives {
                 ending.insert(*id, Ending { ttl: session.ttl, forgotten_at: None });
             }
@@ -305,7 +334,8 @@ impl Sessions {
     /// When something is next due, if anything ever is.
     pub fn next_due(&self) -> Option<Instant> {
         let table = self.table.lock();
-        let living = table.living.values().map(|living| living.deadline);
+        let living =
+            table.living.values().filter(|living| living.arriving == 0).map(|living| living.deadline);
         living.chain(table.ending.values().filter_map(|ending| ending.forgotten_at)).min()
     }
 

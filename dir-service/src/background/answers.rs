@@ -31,7 +31,7 @@ pub async fn run(directory: Arc<Directory>, stop: CancellationToken) {
 
 async fn forget_old(directory: &Directory, history: &mut History) -> Result<()> {
     history.note(directory.store.revision().await?);
-    let Some(then) = history.then() else { return Ok(()) };
+    let Some(then) = history.then().filter(|_| directory.leads()) else { return Ok(()) };
     let mut after = None;
     loop {
         let view = View::new(directory.store.clone());

@@ -7,6 +7,7 @@
 use crate::{
     cluster::Cluster,
     directory::Directory,
+    membership::Team,
     ops::view::{View, stored},
     sessions::History,
     store::CommitError,
@@ -60,24 +61,49 @@ impl Cluster {
     }
 }
 
-/// Collects until stopped. Nothing is collected before every session had time to say what it reads.
+/// Collects until stopped, while this directory does the background work. Nothing is collected before every session had
+/// time to say what it reads.
 pub async fn run(directory: Arc<Directory>) {
+    loop {
+        directory.leading().await;
+        lead(&directory).await;
+    }
+}
+
+async fn lead(directory: &Directory) {
     let timing = &directory.config.timing;
     let pause = Duration::from_millis(timing.background_interval_ms.max(1));
     tokio::time::sleep(Duration::from_millis(timing.session_ttl_ms)).await;
     let mut grace = History::new(Duration::from_millis(timing.grace_ms));
     let mut hold = History::new(Duration::from_millis(timing.reader_hold_ms_max));
-    loop {
+    while directory.leads() {
         if let Ok(revision) = directory.store.revision().await {
             grace.note(revision);
             hold.note(revision);
         }
-        if let Some(before) = limit(grace.then(), hold.then(), directory.sessions.oldest_read())
-            && let Err(error) = pass(&directory, before.min(directory.cluster.carried())).await
+        // How old the drops are comes first: who reads what is asked behind it.
+        let (aged, held) = (grace.then(), hold.then());
+        let oldest_read = match oldest_read(directory).await {
+            Ok(oldest) => oldest,
+            Err(error) => {
+                tracing::debug!(%error, "it could not be read what sessions read at");
+                Some(Revision(0))
+            }
+        };
+        if let Some(before) = limit(aged, held, oldest_read)
+            && let Err(error) = pass(directory, before.min(directory.cluster.carried())).await
         {
             tracing::debug!(%error, "a collection was not finished, trying again");
         }
         tokio::time::sleep(pause).await;
+    }
+}
+
+/// The oldest revision that any session still reads at, of all directories on the store.
+async fn oldest_read(directory: &Directory) -> Result<Option<Revision>> {
+    match &directory.membership {
+        Some(_) => Ok(Team::read(&directory.store).await?.unread()),
+        None => Ok(directory.sessions.oldest_read()),
     }
 }
 

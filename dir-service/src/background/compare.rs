@@ -122,7 +122,10 @@ async fn round(directory: &Directory, due: &[ServerId], begun_ms: u64) -> Result
             again(directory, &[server]);
         }
     }
-    super::collect::forget_runs(directory, dead).await
+    match directory.leads() {
+        true => super::collect::forget_runs(directory, dead).await,
+        false => Ok(()),
+    }
 }
 
 async fn inventory(
@@ -294,6 +297,10 @@ async fn examine(
         }
     }
     cluster.stirred.notify_one();
+    if !directory.leads() {
+        // All directories compare; one acts on it.
+        return Ok(());
+    }
     for chunks in found.garbage.chunks(ORDER_CHUNKS_MAX) {
         cluster.collect(server, chunks, &[]).await?;
     }

@@ -23,7 +23,7 @@ use cairn_core::{
     compaction::{self, Merge, Relayout, extent_count, merges, relayout},
     key,
     layout::{self, Pages, Stop},
-    plan::{Key, Plan, Precondition},
+    plan::{Key, Mutation, Plan, Precondition},
     record::{Extent, Grant, Group, Inode, Layout, Record},
     session,
 };
@@ -61,13 +61,22 @@ pub async fn run(directory: Arc<Directory>) {
         return;
     }
     let pause = Duration::from_millis(directory.config.timing.background_interval_ms.max(1));
-    let mut merger = Merger { directory: &directory, grants: BTreeMap::new() };
+    loop {
+        directory.leading().await;
+        lead(&directory, pause).await;
+    }
+}
+
+/// Merges for as long as this directory does the background work.
+async fn lead(directory: &Directory, pause: Duration) {
+    let effort = directory.config.effort;
+    let mut merger = Merger { directory, grants: BTreeMap::new() };
     if let Err(error) = merger.close_leftovers().await {
         tracing::debug!(%error, "grants of an earlier start are left to their age");
     }
     let mut walk = Walk { after: None, next: Instant::now() + Duration::from_millis(effort.merge_delay_ms) };
-    loop {
-        if let Err(error) = walk.step(&directory).await {
+    while directory.leads() {
+        if let Err(error) = walk.step(directory).await {
             tracing::debug!(%error, "files could not be walked, trying again");
         }
         let Some((inode, failures)) = directory.fragments.take() else {
@@ -84,6 +93,15 @@ pub async fn run(directory: Arc<Directory>) {
                 directory.fragments.again(inode, failures, Duration::from_millis(effort.merge_delay_ms));
             }
         }
+    }
+}
+
+/// Notes a file that any directory wrote, so that it is known to whichever leads.
+pub(super) fn note(directory: &Directory, change: &Mutation) {
+    let Mutation::Put(key, value) = change else { return };
+    if let (Some(id), Ok(inode)) = (key::last_u64(key), Inode::from_bytes(value)) {
+        let delay = Duration::from_millis(directory.config.effort.merge_delay_ms);
+        directory.fragments.note(InodeId(id), inode.layout.as_ref(), delay);
     }
 }
 
@@ -228,7 +246,7 @@ impl Merger<'_> {
             let mut group = group.ok_or_else(|| Error::internal(format!("group {group_id} is gone")))?;
             // As in a commit: who has not acknowledged a seat does not count.
             for seat in group.record.seats.iter_mut().filter(|seat| **seat != 0) {
-                if !directory.cluster.counts(group_id, ServerId(*seat)) {
+                if !directory.cluster.counts(group_id, group.revision, ServerId(*seat)) {
                     *seat = 0;
                 }
             }

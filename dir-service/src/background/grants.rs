@@ -48,7 +48,8 @@ pub async fn run(directory: Arc<Directory>) {
             history.note(revision);
         }
         let begun = Instant::now();
-        if let Some(then) = history.then()
+        if directory.leads()
+            && let Some(then) = history.then()
             && let Err(error) = pass(&directory, then.min(directory.cluster.carried())).await
         {
             tracing::debug!(%error, "closed grants could not be looked at, trying again");

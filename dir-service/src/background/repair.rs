@@ -64,7 +64,8 @@ pub async fn run(directory: Arc<Directory>) {
             tracing::debug!(%error, "reports of bad copies could not be looked at");
         }
         let gaps = gaps(&directory, &working);
-        for order in plan(&gaps, &busy, bounds) {
+        let orders = if directory.leads() { plan(&gaps, &busy, bounds) } else { Vec::new() };
+        for order in orders {
             if !turn.take(order.gaps.iter().map(|number| gaps[*number].length).sum()) {
                 break;
             }

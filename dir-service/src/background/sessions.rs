@@ -80,7 +80,7 @@ async fn end_due(directory: &Directory) -> bool {
 /// Closes grants that are older than they may become: what was never committed of them can be collected then.
 async fn close_old_grants(directory: &Directory, history: &mut History) -> Result<()> {
     history.note(directory.store.revision().await?);
-    let Some(then) = history.then() else { return Ok(()) };
+    let Some(then) = history.then().filter(|_| directory.leads()) else { return Ok(()) };
     let mut after = None;
     loop {
         let view = View::new(directory.store.clone());

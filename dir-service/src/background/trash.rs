@@ -27,6 +27,10 @@ const RUNS_PAGE: usize = 1_024;
 pub async fn run(directory: Arc<Directory>, stop: CancellationToken) {
     let pause = Duration::from_millis(directory.config.timing.background_interval_ms);
     loop {
+        tokio::select! {
+            () = stop.cancelled() => return,
+            () = directory.leading() => {}
+        }
         let mut dropped = Vec::new();
         let worked = tokio::select! {
             () = stop.cancelled() => return,

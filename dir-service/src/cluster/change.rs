@@ -34,11 +34,14 @@ pub(crate) struct Change {
     pub(crate) servers: Vec<(ServerId, record::Server)>,
     pub(crate) settings: Option<record::Settings>,
     pub(crate) forgotten: Option<ServerId>,
+    /// Only the directory that leads decides this.
+    pub(crate) led: bool,
 }
 
 impl Cluster {
-    /// Reads everything again. What only this directory knows of servers stays.
+    /// Reads everything again, all at one revision. What only this directory knows of servers stays.
     pub(crate) async fn reload(&self) -> Result<()> {
+        let mut loaded = self.loading.lock().await;
         let view = View::new(self.store.clone());
         let (mut servers, mut groups) = (Vec::new(), Vec::new());
         let settings = view.record::<record::Settings>(&key::settings()).await?;
@@ -70,6 +73,12 @@ impl Cluster {
         }
         let now_ms = self.now_ms();
         let mut state = self.state.lock();
+        if self.membership.is_some() {
+            // Another directory may have struck some from the records.
+            let there: BTreeSet<ServerId> = servers.iter().map(|(id, ..)| *id).collect();
+            let gone = state.servers.keys().filter(|id| !there.contains(id)).copied().collect::<Vec<_>>();
+            gone.into_iter().for_each(|id| strike(&mut state, id));
+        }
         for (id, record, revision) in servers {
             put_server(&mut state, id, record, revision, now_ms);
         }
@@ -83,7 +92,24 @@ impl Cluster {
             state.settings_revision = Some(stored.revision);
             state.revision = state.revision.max(stored.revision);
         }
+        *loaded = view.revision().unwrap_or_default();
         Ok(())
+    }
+
+    /// Reads everything again if it may have changed up to a revision.
+    pub(crate) async fn reload_to(&self, changed: Revision) -> Result<()> {
+        if *self.loading.lock().await >= changed {
+            return Ok(());
+        }
+        self.reload().await?;
+        self.changed_by_others();
+        Ok(())
+    }
+
+    fn changed_by_others(&self) {
+        self.adopting.notify_one();
+        self.stirred.notify_one();
+        self.seated.notify_one();
     }
 
     /// Applies a change if nothing of it was changed by others. `changing` is held by the caller.
@@ -91,7 +117,29 @@ impl Cluster {
     /// # Errors
     /// `UNAVAILABLE` when others were faster; memory is up to date then.
     pub(crate) async fn apply(&self, change: Change) -> Result<Revision> {
+        let others = || Error::unavailable("the cluster's records changed meanwhile: try again");
+        self.try_apply(change).await?.ok_or_else(others)
+    }
+
+    /// As [`Cluster::apply`]; `None` when others were faster.
+    ///
+    /// # Errors
+    /// The store's.
+    pub(crate) async fn try_apply(&self, mut change: Change) -> Result<Option<Revision>> {
         let mut plan = Plan::new();
+        if let Some(membership) = &self.membership {
+            if change.led {
+                membership.require_lead(&mut plan)?;
+            }
+            let state = self.state.lock();
+            // What makes or strikes records is decided on all of them: no two such plans pass each other. It also gives
+            // a topology without a record a revision.
+            let news = change.groups.iter().any(|(id, _)| !state.groups.contains_key(id))
+                || change.servers.iter().any(|(id, _)| !state.servers.contains_key(id));
+            if (news || change.forgotten.is_some()) && change.settings.is_none() {
+                change.settings = Some(state.settings.clone());
+            }
+        }
         {
             let state = self.state.lock();
             for (id, group) in &change.groups {
@@ -115,6 +163,11 @@ impl Cluster {
             }
         }
         match self.store.commit(plan).await {
+            Ok(revision) if self.membership.is_some() => {
+                self.reload().await?;
+                self.changed_by_others();
+                Ok(Some(revision))
+            }
             Ok(revision) => {
                 let now_ms = self.now_ms();
                 let mut state = self.state.lock();
@@ -125,9 +178,7 @@ impl Cluster {
                     state.put_group(id, group, revision, now_ms);
                 }
                 if let Some(id) = change.forgotten {
-                    state.servers.remove(&id);
-                    state.deaths.back(id);
-                    state.copies.set_quarantined(id, 0, Vec::new());
+                    strike(&mut state, id);
                     state.revision = state.revision.max(revision);
                 }
                 if let Some(settings) = change.settings {
@@ -138,12 +189,12 @@ impl Cluster {
                 drop(state);
                 self.adopting.notify_one();
                 self.stirred.notify_one();
-                Ok(revision)
+                Ok(Some(revision))
             }
             Err(CommitError::Refused(error)) => Err(error),
             Err(CommitError::Conflict | CommitError::Unknown(_)) => {
                 self.reload().await?;
-                Err(Error::unavailable("the cluster's records changed meanwhile: try again"))
+                Ok(None)
             }
         }
     }
@@ -182,6 +233,9 @@ impl Cluster {
     /// The store's; the next step goes on.
     pub(crate) async fn step(&self) -> Result<()> {
         self.pass_time();
+        if self.membership.as_ref().is_some_and(|membership| membership.leads().is_none()) {
+            return Ok(());
+        }
         let _changing = self.changing.lock().await;
         let has_groups = !self.state.lock().groups.is_empty();
         if !has_groups {
@@ -190,11 +244,11 @@ impl Cluster {
         }
         if let Some(settings) = self.next_settings() {
             tracing::info!(replication = settings.replication, "the cluster's factor changes");
-            self.apply(Change { settings: Some(settings), ..Change::default() }).await?;
+            self.apply(Change { settings: Some(settings), led: true, ..Change::default() }).await?;
         }
         let changes = self.seat_changes();
         for groups in changes.chunks(GROUPS_A_PLAN) {
-            self.apply(Change { groups: groups.to_vec(), ..Change::default() }).await?;
+            self.apply(Change { groups: groups.to_vec(), led: true, ..Change::default() }).await?;
         }
         if changes.is_empty()
             && let Some(one) = self.seat_to_move()
@@ -206,7 +260,8 @@ impl Cluster {
                 to = one.to.0,
                 "a seat moves to an emptier server"
             );
-            self.apply(Change { groups: vec![(one.group, one.next)], ..Change::default() }).await?;
+            let groups = vec![(one.group, one.next)];
+            self.apply(Change { groups, led: true, ..Change::default() }).await?;
             self.state.lock().balanced += 1;
         }
         self.release_drained().await?;
@@ -335,7 +390,7 @@ impl Cluster {
         for (id, _) in &released {
             tracing::info!(server = id.0, "drained: it may be switched off");
         }
-        self.apply(Change { servers: released, ..Change::default() }).await.map(|_| ())
+        self.apply(Change { servers: released, led: true, ..Change::default() }).await.map(|_| ())
     }
 
     /// Former members of a group whose copies are gone are forgotten.
@@ -351,7 +406,7 @@ impl Cluster {
             next.former.retain(|former| *former != server.0);
             next
         };
-        self.apply(Change { groups: vec![(id, next)], ..Change::default() }).await.map(|_| ())
+        self.apply(Change { groups: vec![(id, next)], led: true, ..Change::default() }).await.map(|_| ())
     }
 
     /// Strikes a server from the records on which nothing depends.
@@ -441,13 +496,23 @@ fn put(plan: &mut Plan, key: cairn_core::plan::Key, read: Option<Revision>, valu
     plan.put(key, value);
 }
 
+/// A server's record is gone.
+fn strike(state: &mut State, id: ServerId) {
+    state.servers.remove(&id);
+    state.deaths.back(id);
+    state.copies.set_quarantined(id, 0, Vec::new());
+}
+
 fn put_server(state: &mut State, id: ServerId, record: record::Server, revision: Revision, now_ms: u64) {
     state.revision = state.revision.max(revision);
     let (draining, gone) = (record.draining, record.gone);
     let member = state.servers.entry(id).or_insert_with(|| {
         Member::new(record.clone(), revision, Standing::remembered(now_ms, draining, gone))
     });
-    member.record = record;
+    let ended = std::mem::replace(&mut member.record, record).incarnation;
+    if ended != member.record.incarnation {
+        member.supersede(ended);
+    }
     member.revision = revision;
     member.standing.drain(draining);
     if gone {

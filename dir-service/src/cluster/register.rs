@@ -19,6 +19,8 @@ const ENDPOINTS_MAX: usize = 16;
 const TEXT_BYTES_MAX: usize = 255;
 /// Ended lives that are remembered of a server.
 const SUPERSEDED_MAX: usize = 8;
+/// Times that a registration is written while others change the same records: each directory of a store writes it.
+const REGISTER_ATTEMPTS: u32 = 4;
 /// Heartbeats that a server may miss before another process may take its place at another address.
 const MISSED_HEARTBEATS: u64 = 3;
 
@@ -34,36 +36,16 @@ impl Cluster {
         self.check_cluster(&request.cluster_id)?;
         self.check_not_behind((request.generation, request.term), &request.journals, request.server_id)?;
         let _changing = self.changing.lock().await;
-        let id = self.identify(&request)?;
-        let id = match id {
-            Some(id) => id,
-            None if request.server_id != 0 => ServerId(request.server_id),
-            None => ServerId(self.ids.next().await?),
+        let mut attempts = 0;
+        let (id, went_back) = loop {
+            if let Some(registered) = self.write_registered(&request).await? {
+                break registered;
+            }
+            attempts += 1;
+            if attempts == REGISTER_ATTEMPTS {
+                return Err(Error::unavailable("the cluster's records changed meanwhile: try again"));
+            }
         };
-        self.check_copy(id, &request)?;
-        let record = {
-            let state = self.state.lock();
-            let known = state.servers.get(&id).map(|member| &member.record);
-            let record = record::Server {
-                disk_id: request.disk_id.clone(),
-                endpoints: request
-                    .endpoints
-                    .iter()
-                    .map(|endpoint| record::Endpoint { uri: endpoint.uri.clone(), scope: endpoint.scope })
-                    .collect(),
-                zone: request.zone.clone(),
-                draining: known.is_some_and(|known| known.draining),
-                gone: known.is_some_and(|known| known.gone),
-                total_bytes: request.usage.as_ref().map_or(0, |usage| usage.total_bytes),
-                incarnation: request.incarnation.clone(),
-                starts: request.starts,
-            };
-            (known != Some(&record)).then_some(record)
-        };
-        let went_back = self.went_back(id, &request);
-        if let Some(record) = record {
-            self.apply(Change { servers: vec![(id, record)], ..Change::default() }).await?;
-        }
         let now_ms = self.now_ms();
         let mut state = self.state.lock();
         let state = &mut *state;
@@ -93,7 +75,48 @@ impl Cluster {
             topology: Some(state.topology(&self.cluster_id, self.generation.0)),
             rebuilding: false,
             life: self.serving_life(),
+            directories: self.directories(),
         })
+    }
+
+    /// Writes what a file server says of itself, where that is new. Answers its id, and what an operator should know;
+    /// `None` when others changed the records meanwhile.
+    async fn write_registered(
+        &self,
+        request: &v1::RegisterRequest,
+    ) -> Result<Option<(ServerId, Option<String>)>> {
+        let id = match self.identify(request)? {
+            Some(id) => id,
+            None if request.server_id != 0 => ServerId(request.server_id),
+            None => ServerId(self.ids.next().await?),
+        };
+        self.check_copy(id, request)?;
+        let record = {
+            let state = self.state.lock();
+            let known = state.servers.get(&id).map(|member| &member.record);
+            let record = record::Server {
+                disk_id: request.disk_id.clone(),
+                endpoints: request
+                    .endpoints
+                    .iter()
+                    .map(|endpoint| record::Endpoint { uri: endpoint.uri.clone(), scope: endpoint.scope })
+                    .collect(),
+                zone: request.zone.clone(),
+                draining: known.is_some_and(|known| known.draining),
+                gone: known.is_some_and(|known| known.gone),
+                total_bytes: request.usage.as_ref().map_or(0, |usage| usage.total_bytes),
+                incarnation: request.incarnation.clone(),
+                starts: request.starts,
+            };
+            (known != Some(&record)).then_some(record)
+        };
+        let went_back = self.went_back(id, request);
+        if let Some(record) = record
+            && self.try_apply(Change { servers: vec![(id, record)], ..Change::default() }).await?.is_none()
+        {
+            return Ok(None);
+        }
+        Ok(Some((id, went_back)))
     }
 
     /// Whether a disk is an older copy of itself: it was started more often, or kept more, than it knows. What it held and
@@ -203,7 +226,8 @@ impl Cluster {
     async fn check_pristine(&self, request: &v1::RegisterRequest) -> Result<()> {
         let other = &request.cluster_id;
         let carries = request.journals.iter().any(|copy| copy.cluster_id == *other);
-        if other.is_empty() || *other == self.cluster_id || !carries {
+        // A store that is shared was chosen by whoever started its directories: it gives way to none.
+        if other.is_empty() || *other == self.cluster_id || !carries || self.membership.is_some() {
             return Ok(());
         }
         let inodes = KeyRange::prefix(key::inodes());
@@ -272,12 +296,7 @@ impl Cluster {
             .retry_after_ms(interval_ms));
         }
         let ended = std::mem::take(&mut member.record.incarnation);
-        if !ended.is_empty() {
-            member.superseded.push(ended);
-        }
-        if member.superseded.len() > SUPERSEDED_MAX {
-            member.superseded.remove(0);
-        }
+        member.supersede(ended);
         Ok(())
     }
 
@@ -326,6 +345,7 @@ impl Cluster {
             state: shown as i32,
             topology,
             life: self.serving_life(),
+            directories: self.directories(),
         })
     }
 
@@ -394,5 +414,15 @@ impl Member {
     /// For tests and first registrations: a member that was heard now.
     pub fn registered(record: record::Server, revision: Revision, now_ms: u64) -> Self {
         Self::new(record, revision, Standing::registered(now_ms))
+    }
+
+    /// A life of its process has ended.
+    pub(super) fn supersede(&mut self, ended: String) {
+        if !ended.is_empty() && !self.superseded.contains(&ended) {
+            self.superseded.push(ended);
+        }
+        if self.superseded.len() > SUPERSEDED_MAX {
+            self.superseded.remove(0);
+        }
     }
 }

@@ -164,6 +164,15 @@ impl State {
             .map(|stored| stored.record.seats.iter().copied().collect())
             .unwrap_or_default();
         let existed = self.groups.contains_key(&id);
+        // Where others change groups, a state between may not have been seen: whoever was out of the group in it may still
+        // follow an order of that time, until it has acknowledged this one.
+        let skipped = self.groups.get(&id).is_some_and(|known| group.epoch > known.record.epoch + 1);
+        for seat in group.seats.iter().filter(|seat| skipped && before.contains(*seat)) {
+            self.newcomers.insert((id, ServerId(*seat)), revision);
+            if let Some(member) = self.servers.get_mut(&ServerId(*seat)) {
+                member.compare_ms = 0;
+            }
+        }
         for seat in group.seats.iter().filter(|seat| **seat != 0 && !before.contains(*seat)) {
             if existed {
                 // It holds nothing of the group's chunks yet, as far as anybody knows.

@@ -79,6 +79,7 @@ impl Cluster {
             groups: state.groups.iter().map(|(id, stored)| group_to_wire(*id, &stored.record)).collect(),
             quarantined,
             balance: Some(self.balance(&state)),
+            sharing: self.membership.as_ref().map_or_else(Vec::new, |membership| membership.status()),
             ..Default::default()
         }
     }

@@ -132,11 +132,16 @@ impl Tallies {
         }
     }
 
-    /// Follows a table until the store ends. Begins anew when it fell too far behind.
-    pub async fn follow(&self, store: Arc<dyn MetaStore>, table: Table) {
+    /// Follows a table until the store ends. Begins anew when it fell too far behind. `seen` is shown every change.
+    pub async fn follow(
+        &self,
+        store: Arc<dyn MetaStore>,
+        table: Table,
+        seen: impl Fn(&Mutation) + Send + Sync,
+    ) {
         loop {
             self.counts.lock().remove(&table);
-            match self.follow_once(&store, table).await {
+            match self.follow_once(&store, table, &seen).await {
                 Ok(()) => return,
                 Err(error) if error.reason == Reason::RevisionCompacted => {}
                 Err(error) => {
@@ -147,7 +152,12 @@ impl Tallies {
         }
     }
 
-    async fn follow_once(&self, store: &Arc<dyn MetaStore>, table: Table) -> Result<()> {
+    async fn follow_once(
+        &self,
+        store: &Arc<dyn MetaStore>,
+        table: Table,
+        seen: &(impl Fn(&Mutation) + Send + Sync),
+    ) -> Result<()> {
         let begun = store.revision().await?;
         let mut changes = store.watch(table.prefix(), Revision(begun.0 + 1)).await?;
         let mut range = KeyRange::prefix(table.prefix());
@@ -162,7 +172,11 @@ impl Tallies {
                     None => futures::future::poll_immediate(changes.next()).await,
                 };
                 match next {
-                    Some(Some(change)) => self.take(store, table, change?, &pages, scanned).await?,
+                    Some(Some(change)) => {
+                        let change = change?;
+                        change.mutations.iter().for_each(seen);
+                        self.take(store, table, change, &pages, scanned).await?;
+                    }
                     Some(None) => return Ok(()),
                     None => break,
                 }
@@ -256,7 +270,7 @@ mod tests {
         let tallies = Arc::new(Tallies::default());
         let follower = {
             let (tallies, store) = (tallies.clone(), Arc::new(store.clone()));
-            tokio::spawn(async move { tallies.follow(store, Table::Inodes).await })
+            tokio::spawn(async move { tallies.follow(store, Table::Inodes, |_| {}).await })
         };
         // While the scan is under way.
         for id in (0..3_000).step_by(7) {

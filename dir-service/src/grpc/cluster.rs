@@ -92,9 +92,10 @@ impl ClusterService for ClusterHandler {
         let mode = self.gate.mode();
         let reason = match &mode {
             Mode::Serving(directory) => return Ok(Response::new(status::status(directory).await?)),
-            Mode::Forming { reason } | Mode::Rebuilding { reason } | Mode::Confirming { reason } => {
-                reason.clone()
-            }
+            Mode::Forming { reason }
+            | Mode::Rebuilding { reason }
+            | Mode::Confirming { reason }
+            | Mode::Joining { reason } => reason.clone(),
             Mode::Stopped => String::new(),
         };
         let directory = v1::DirectoryStatus { mode: mode.name().into(), reason, ..Default::default() };

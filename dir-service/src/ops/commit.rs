@@ -225,7 +225,7 @@ impl Operation for MakeVersion<'_> {
         };
         let mut ended = None;
         if let Some(session) = token.filter(|_| self.request.unlock).and_then(|token| place.session_of(token))
-            && end_with_lock(view, &mut plan, session).await?
+            && end_with_lock(self.directory, view, &mut plan, session).await?
         {
             ended = Some(session);
         }
@@ -297,10 +297,11 @@ impl MakeVersion<'_> {
     async fn groups(&self, view: &View) -> Result<BTreeMap<GroupId, (Group, Revision)>> {
         let ids: BTreeSet<GroupId> = self.receipts.iter().map(|receipt| receipt.chunk.group).collect();
         let mut groups: BTreeMap<GroupId, (Group, Revision)> = load(view, &ids, |id| key::group(*id)).await?;
+        self.directory.cluster.know(&ids.iter().map(|id| id.0).collect()).await?;
         let mut pending = false;
-        for (id, (group, _)) in &mut groups {
+        for (id, (group, read)) in &mut groups {
             for seat in group.seats.iter_mut().filter(|seat| **seat != 0) {
-                if !self.directory.cluster.counts(*id, ServerId(*seat)) {
+                if !self.directory.cluster.counts(*id, *read, ServerId(*seat)) {
                     pending |= self.receipts.iter().any(|receipt| receipt.holders.contains(&ServerId(*seat)));
                     *seat = 0;
                 }

@@ -3,8 +3,9 @@
 use super::{
     grant::{Offer, give},
     list::shown_attributes,
+    renew::renew,
     resolve::{self, Found, resolve},
-    session::{admit_one, end_with_lock, living, opened_by},
+    session::{admit_one, end_with_lock, living, open_here, opened_by},
     taken,
     transact::{Operation, transact},
     view::View,
@@ -170,7 +171,7 @@ impl<'a> TakeLock<'a> {
             of_lock: true,
             ..record::Session::default()
         };
-        session::open(plan, self.session, &opened);
+        open_here(self.directory, plan, self.session, &opened);
         Ok(self.ttl_ms)
     }
 }
@@ -325,7 +326,7 @@ pub async fn renew_lock(
             return Err(lock_lost(&request.path, token));
         }
     }
-    let ttl_ms = directory.sessions.renew(session, request.oldest_revision.map(Revision))?;
+    let ttl_ms = renew(directory, session, request.oldest_revision.map(Revision)).await?;
     Ok(v1::RenewLockResponse { ttl_ms })
 }
 
@@ -352,7 +353,7 @@ pub async fn unlock(directory: &Directory, request: v1::UnlockRequest) -> Result
         return Err(Error::invalid("give the lock's token, or force").at(&request.path));
     }
     directory.cluster.pace().await;
-    let operation = ReleaseLock { request: &request, path, ended: Mutex::default() };
+    let operation = ReleaseLock { directory, request: &request, path, ended: Mutex::default() };
     let response = transact(&directory.store, request.request_id.as_ref(), &request, &operation).await?;
     for session in operation.ended.into_inner() {
         directory.sessions.begin_end(session);
@@ -361,6 +362,7 @@ pub async fn unlock(directory: &Directory, request: v1::UnlockRequest) -> Result
 }
 
 struct ReleaseLock<'a> {
+    directory: &'a Directory,
     request: &'a v1::UnlockRequest,
     path: FilePath,
     /// Sessions that the last plan ended.
@@ -381,7 +383,7 @@ impl Operation for ReleaseLock<'_> {
             None => (place.sessions(), place.end(&mut plan)),
         };
         for session in sessions.into_iter().take(FORCED_SESSIONS_MAX) {
-            if end_with_lock(view, &mut plan, session).await? {
+            if end_with_lock(self.directory, view, &mut plan, session).await? {
                 self.ended.lock().push(session);
             }
         }

@@ -59,6 +59,7 @@ async fn find(
         let (extents, next_page_token) =
             extents::page(&view, &found, request.offset, request.length, &request.page_token).await?;
         groups = extents.iter().map(|extent| extent.group).collect();
+        directory.cluster.know(&groups).await?;
         response.extents = extents.iter().map(extents::to_wire).collect();
         response.next_page_token = next_page_token;
     }

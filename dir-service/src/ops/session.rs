@@ -1,6 +1,7 @@
 //! `SessionService`: open, keep alive, close; and the steps in which a session ends.
 
 use super::{
+    renew::renew,
     transact::{Operation, Response, transact},
     view::{Stored, View, stored},
 };
@@ -11,6 +12,7 @@ use crate::{
 };
 use async_trait::async_trait;
 use cairn_core::{
+    cluster::directories,
     key,
     lock::Place,
     plan::{Key, PLAN_MUTATIONS_MAX, Plan},
@@ -59,7 +61,9 @@ pub async fn open(directory: &Directory, request: v1::OpenRequest) -> Result<v1:
     let id = SessionId(directory.ids.next().await?);
     let operation = OpenSession { directory, id, session: Session { ttl_ms, owner, ..Session::default() } };
     let opening = transact(&directory.store, request.request_id.as_ref(), &request, &operation);
-    opened_by(directory, id, ttl_ms, opening, |response| response.session_id).await
+    let opened = opened_by(directory, id, ttl_ms, opening, |response| response.session_id).await?;
+    // Who they are now, also in an answer that is repeated.
+    Ok(v1::OpenResponse { directories: directory.cluster.directories(), ..opened })
 }
 
 #[async_trait]
@@ -68,14 +72,26 @@ impl Operation for OpenSession<'_> {
 
     async fn decide(&self, _view: &View) -> Result<(Plan, Self::Response)> {
         let mut plan = Plan::new();
-        session::open(&mut plan, self.id, &self.session);
+        open_here(self.directory, &mut plan, self.id, &self.session);
         let response = v1::OpenResponse {
             session_id: self.id.0,
             ttl_ms: self.session.ttl_ms,
             generation: self.directory.generation.0,
             cluster_id: self.directory.cluster_id.clone(),
+            directories: Vec::new(),
         };
         Ok((plan, response))
+    }
+}
+
+/// Opens a session in a plan, whose home is this directory.
+pub(super) fn open_here(directory: &Directory, plan: &mut Plan, id: SessionId, session: &Session) {
+    match &directory.membership {
+        Some(membership) => {
+            let home = membership.require(plan).id;
+            session::open(plan, id, &Session { home, ..session.clone() });
+        }
+        None => session::open(plan, id, session),
     }
 }
 
@@ -121,13 +137,19 @@ pub(super) async fn opened_by<R>(
 /// # Errors
 /// As the store.
 async fn note_opened(directory: &Directory, id: SessionId) -> Result<()> {
-    if directory.sessions.check(id).is_ok() {
+    let known = match &directory.membership {
+        Some(_) => directory.sessions.knows(id),
+        None => directory.sessions.check(id).is_ok(),
+    };
+    if known {
         return Ok(());
     }
     let view = View::new(directory.store.clone());
-    match view.record::<Session>(&key::session(id)).await? {
-        Some(stored) if !stored.record.ended => directory.sessions.opened(id, stored.record.ttl_ms),
-        _ => {}
+    if let Some(stored) = view.record::<Session>(&key::session(id)).await?
+        && !stored.record.ended
+        && is_here(directory, &stored.record)
+    {
+        directory.sessions.opened(id, stored.record.ttl_ms);
     }
     Ok(())
 }
@@ -141,9 +163,14 @@ pub async fn keep_alive(
     request: v1::KeepAliveRequest,
 ) -> Result<v1::KeepAliveResponse> {
     let id = SessionId(request.session_id);
-    let ttl_ms = directory.sessions.renew(id, Some(Revision(request.oldest_revision)))?;
+    let ttl_ms = renew(directory, id, Some(Revision(request.oldest_revision))).await?;
     let revision = directory.store.revision().await?;
     Ok(v1::KeepAliveResponse { session_id: id.0, ttl_ms, revision: revision.0 })
+}
+
+/// Whether this directory is a session's home.
+fn is_here(directory: &Directory, session: &Session) -> bool {
+    directory.membership.as_ref().is_none_or(|membership| session.home == membership.me().id)
 }
 
 /// Ends a session with its locks and grants. One that has ended already is no error.
@@ -176,13 +203,26 @@ pub(super) async fn living(directory: &Directory, view: &View, id: SessionId) ->
 ///
 /// # Errors
 /// As the store.
-pub(super) async fn end_with_lock(view: &View, plan: &mut Plan, id: SessionId) -> Result<bool> {
+pub(super) async fn end_with_lock(
+    directory: &Directory,
+    view: &View,
+    plan: &mut Plan,
+    id: SessionId,
+) -> Result<bool> {
     let Some(stored) = view.record::<Session>(&key::session(id)).await? else { return Ok(false) };
     if !stored.record.of_lock || stored.record.ended {
         return Ok(false);
     }
     session::end(plan, id, &stored.record, stored.revision);
+    tell_home(directory, plan, id, &stored.record);
     Ok(true)
+}
+
+/// Tells a session's home, in a plan, that it ends.
+fn tell_home(directory: &Directory, plan: &mut Plan, id: SessionId, session: &Session) {
+    if let Some(membership) = &directory.membership {
+        directories::tell_home(plan, id, session.home, membership.me().id);
+    }
 }
 
 /// Notes that a session takes one more lock or grant.
@@ -208,7 +248,8 @@ pub(super) async fn admit_one(directory: &Directory, id: SessionId, what: Posses
         }
     }
     directory.sessions.counted(id, what, number);
-    if directory.sessions.take(id, what) {
+    let counted_elsewhere = directory.membership.is_some() && number < what.most();
+    if directory.sessions.take(id, what) || counted_elsewhere {
         return Ok(());
     }
     Err(Error::limit(format!("session {id} has {number} {name}, which is the most: give some back")))
@@ -220,7 +261,7 @@ pub(super) async fn admit_one(directory: &Directory, id: SessionId, what: Posses
 /// # Errors
 /// As the store.
 pub async fn end(directory: &Directory, id: SessionId) -> Result<()> {
-    steps(directory, |view| mark_step(view, id)).await?;
+    steps(directory, |view| mark_step(directory, view, id)).await?;
     steps(directory, |view| locks_step(view, id)).await?;
     steps(directory, |view| grants_step(view, id)).await?;
     directory.sessions.freed(id);
@@ -228,13 +269,33 @@ pub async fn end(directory: &Directory, id: SessionId) -> Result<()> {
 }
 
 /// Ends a session whose time is over. One that was never written (see `opened_by`) is written as ended: behind that, the
-/// plan that was to open it comes too late.
+/// plan that was to open it comes too late. One whose home is elsewhere is left alone.
 ///
 /// # Errors
 /// As the store.
 pub async fn expire(directory: &Directory, id: SessionId) -> Result<()> {
-    steps(directory, |view| bar_step(view, id)).await?;
+    steps(directory, |view| bar_step(directory, view, id)).await?;
+    if directory.membership.is_some() {
+        steps(directory, |view| expire_step(directory, view, id)).await?;
+        let view = View::new(directory.store.clone());
+        let read = view.record::<Session>(&key::session(id)).await?;
+        if read.is_none_or(|read| !is_here(directory, &read.record)) {
+            directory.sessions.left(id);
+            return Ok(());
+        }
+    }
     end(directory, id).await
+}
+
+/// Marks a session as ended if this is its home.
+async fn expire_step(directory: &Directory, view: View, id: SessionId) -> Result<Option<Plan>> {
+    let Some(read) = view.record::<Session>(&key::session(id)).await? else { return Ok(None) };
+    if read.record.ended || !is_here(directory, &read.record) {
+        return Ok(None);
+    }
+    let mut plan = Plan::new();
+    session::end(&mut plan, id, &read.record, read.revision);
+    Ok(Some(plan))
 }
 
 /// Removes what is left of a session that has ended and whose answers are no longer kept.
@@ -267,22 +328,23 @@ where
     Ok(())
 }
 
-async fn bar_step(view: View, id: SessionId) -> Result<Option<Plan>> {
+async fn bar_step(directory: &Directory, view: View, id: SessionId) -> Result<Option<Plan>> {
     if view.get(&key::session(id)).await?.is_some() {
         return Ok(None);
     }
     let mut plan = Plan::new();
-    session::open(&mut plan, id, &Session { ended: true, ..Session::default() });
+    open_here(directory, &mut plan, id, &Session { ended: true, ..Session::default() });
     Ok(Some(plan))
 }
 
-async fn mark_step(view: View, id: SessionId) -> Result<Option<Plan>> {
+async fn mark_step(directory: &Directory, view: View, id: SessionId) -> Result<Option<Plan>> {
     let Some(read) = view.record::<Session>(&key::session(id)).await? else { return Ok(None) };
     if read.record.ended {
         return Ok(None);
     }
     let mut plan = Plan::new();
     session::end(&mut plan, id, &read.record, read.revision);
+    tell_home(directory, &mut plan, id, &read.record);
     Ok(Some(plan))
 }
 

@@ -5,6 +5,7 @@ mod commits;
 mod locks;
 mod overtaken;
 mod sessions;
+mod several;
 
 use crate::{background, directory::Directory, testing::Bench};
 use cairn_proto::{Result, v1};

@@ -117,6 +117,7 @@ impl ClusterService for FakeDirectory {
         state.servers.insert(id, server);
         state.revision += 1;
         Ok(Response::new(v1::RegisterResponse {
+            directories: Vec::new(),
             cluster_id: state.cluster_id.clone(),
             server_id: id,
             generation: state.generation,
@@ -140,6 +141,7 @@ impl ClusterService for FakeDirectory {
             return Err(Error::not_found("no such server").into());
         }
         Ok(Response::new(v1::HeartbeatResponse {
+            directories: Vec::new(),
             generation: state.generation,
             state: v1::ServerState::Live as i32,
             topology: (known != state.revision).then(|| state.topology()),

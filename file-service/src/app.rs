@@ -100,7 +100,16 @@ impl App {
         let journals = Journals::open(disk, &identity.cluster_id()).await?;
         let scrub = Scrub::open(scrub_disk, host.clock.clone()).await?;
         let peers = Peers::new(host.network.clone());
-        let node = Node::new(config, store, identity, topology, peers, directory, journals, scrub);
+        let node = Node::new(
+            config,
+            store,
+            identity,
+            topology,
+            peers,
+            (directory, host.network.clone()),
+            journals,
+            scrub,
+        );
         Ok(Self { node: Arc::new(node), seed: host.seed, metrics: None })
     }
 

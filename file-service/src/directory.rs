@@ -44,6 +44,11 @@ impl Directory {
         Ok(Self { channels, good: AtomicUsize::new(0), timeout })
     }
 
+    /// The address that answered last.
+    pub fn address(&self) -> &str {
+        &self.channels[self.good.load(Ordering::Relaxed) % self.channels.len()].0
+    }
+
     /// Registers this server.
     ///
     /// # Errors

@@ -19,10 +19,14 @@ use crate::{
 use cairn_proto::{
     Error, Reason, Result,
     id::{ChunkId, Generation, GroupId, ServerId},
+    net::Connect,
     v1,
 };
 use parking_lot::Mutex;
-use std::{collections::BTreeSet, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 use tokio::sync::{Notify, watch};
 
 /// Bad chunks in one heartbeat, and as many wait for the next ones as fit a few of them.
@@ -55,6 +59,8 @@ pub struct Node {
     pub peers: Arc<Peers>,
     /// The directory.
     pub directory: Directory,
+    /// Makes connections to further directories.
+    pub network: Arc<dyn Connect>,
     /// The way of chunks to followers.
     pub replicator: Replicator,
     /// Copies of the directory's journal.
@@ -77,7 +83,7 @@ pub struct Node {
     pub heartbeat_wanted: Arc<Notify>,
     /// Held to read while an order that rests on epochs is carried out, to write while epochs change.
     pub orders: tokio::sync::RwLock<()>,
-    bad: Mutex<BTreeSet<ChunkId>>,
+    bad: Bad,
     asking: tokio::sync::Mutex<()>,
 }
 
@@ -90,7 +96,7 @@ impl Node {
         identity: Identity,
         topology: Topology,
         peers: Peers,
-        directory: Directory,
+        (directory, network): (Directory, Arc<dyn Connect>),
         journals: Journals,
         scrub: Scrub,
     ) -> Self {
@@ -116,6 +122,7 @@ impl Node {
             topology,
             peers,
             directory,
+            network,
             replicator,
             journals,
             fetcher: Fetcher::default(),
@@ -127,7 +134,7 @@ impl Node {
             mode: watch::Sender::new(mode),
             heartbeat_wanted,
             orders: tokio::sync::RwLock::default(),
-            bad: Mutex::default(),
+            bad: Bad::default(),
             asking: tokio::sync::Mutex::default(),
         }
     }
@@ -226,10 +233,7 @@ impl Node {
     /// Notes a bad copy: it is reported with the next heartbeat and fetched from another member.
     pub fn found_bad(&self, chunk: ChunkId) {
         self.store.mark_corrupt(chunk);
-        let is_new = {
-            let mut bad = self.bad.lock();
-            bad.len() < BAD_CHUNKS_MAX && bad.insert(chunk)
-        };
+        let is_new = self.bad.found(chunk);
         if is_new {
             self.metrics.chunks_bad.inc();
             tracing::error!(chunk = %chunk, "a copy is bad: it is not served, and fetched from another member");
@@ -248,17 +252,45 @@ impl Node {
         }
     }
 
-    /// Bad chunks for a heartbeat.
-    pub fn bad_chunks(&self) -> Vec<ChunkId> {
-        self.bad.lock().iter().take(BAD_CHUNKS_IN_HEARTBEAT).copied().collect()
+    /// Bad chunks for a heartbeat to one of several directories: each learns of all.
+    pub fn bad_chunks(&self, reporter: Reporter) -> Vec<ChunkId> {
+        self.bad
+            .untold
+            .lock()
+            .get(&reporter)
+            .into_iter()
+            .flatten()
+            .take(BAD_CHUNKS_IN_HEARTBEAT)
+            .copied()
+            .collect()
     }
 
-    /// The directory knows of these now.
-    pub fn reported_bad(&self, chunks: &[ChunkId]) {
-        let mut bad = self.bad.lock();
-        for chunk in chunks {
-            bad.remove(chunk);
+    /// That directory knows of these now.
+    pub fn reported_bad(&self, reporter: Reporter, chunks: &[ChunkId]) {
+        if let Some(untold) = self.bad.untold.lock().get_mut(&reporter) {
+            for chunk in chunks {
+                untold.remove(chunk);
+            }
         }
+    }
+
+    /// These are no bad copies any more.
+    pub fn forget_bad(&self, chunks: &[ChunkId]) {
+        for untold in self.bad.untold.lock().values_mut() {
+            for chunk in chunks {
+                untold.remove(chunk);
+            }
+        }
+    }
+
+    /// Somebody reports to one more directory, which is told what was found bad from now on.
+    pub fn begin_reporting(&self, reporter: Reporter) {
+        self.bad.untold.lock().entry(reporter).or_default();
+    }
+
+    /// Nobody reports to that directory any more.
+    pub fn end_reporting(&self, reporter: Reporter) {
+        self.bad.untold.lock().remove(&reporter);
     }
 
     /// How full and busy this server is.
@@ -272,5 +304,31 @@ impl Node {
             requests: u32::try_from(self.metrics.requests_active.get()).unwrap_or(0),
             reclaimable_bytes: usage.reclaimable_bytes,
         }
+    }
+}
+
+/// To whom is reported: 0 for whichever directory answers at the given addresses, else one of several, by its id.
+pub type Reporter = u64;
+
+/// Chunks found bad that directories have not been told of yet.
+#[derive(Debug)]
+struct Bad {
+    untold: Mutex<BTreeMap<Reporter, BTreeSet<ChunkId>>>,
+}
+
+impl Default for Bad {
+    fn default() -> Self {
+        Self { untold: Mutex::new(BTreeMap::from([(0, BTreeSet::new())])) }
+    }
+}
+
+impl Bad {
+    /// Answers whether it is news.
+    fn found(&self, chunk: ChunkId) -> bool {
+        let mut is_new = false;
+        for untold in self.untold.lock().values_mut() {
+            is_new |= untold.len() < BAD_CHUNKS_MAX && untold.insert(chunk);
+        }
+        is_new
     }
 }

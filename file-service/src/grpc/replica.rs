@@ -105,7 +105,7 @@ impl ReplicaService for ReplicaHandler {
             self.node.fetcher.forget(chunks);
             freed_bytes += self.node.store.remove(chunks).await?.bytes;
         }
-        self.node.reported_bad(&chunks);
+        self.node.forget_bad(&chunks);
         Ok(Response::new(v1::CollectResponse {
             // Those that were never here are gone as well.
             removed: chunks.len() as u64,

@@ -14,11 +14,11 @@ use cairn_proto::{
         lookup_answer::Outcome, session_service_client::SessionServiceClient,
     },
 };
-use parking_lot::Mutex;
+use parking_lot::{Mutex, RwLock};
 use std::{
     sync::{
         Arc,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     time::Duration,
 };
@@ -28,15 +28,22 @@ use tonic::{Request, Response, Status, transport::Channel};
 /// call carries a request id.
 const ATTEMPT: Duration = Duration::from_secs(5);
 
+/// Most addresses that a client uses: those it was given, and those it learned.
+const ADDRESSES_MAX: usize = 64;
+
 /// The addresses of the directory and their connections.
+///
+/// One is in use until it does not answer, then the next is: what a client does stays together. Where several directories
+/// share a store, any of them takes any call. They are learned from the first that answers, and each client uses one of
+/// them by chance, so that clients spread over all.
 #[derive(Debug)]
 pub(crate) struct Directory {
     network: Arc<dyn Connect>,
-    addresses: Vec<String>,
-    connections: Vec<Connections>,
-    /// Lookups at each address.
-    lookups: Vec<Arc<Together<v1::LookupRequest, Found>>>,
+    /// Only grows: places in it are kept by streams.
+    places: RwLock<Vec<Arc<Place>>>,
     current: AtomicUsize,
+    /// Whether one of several was chosen.
+    chosen: AtomicBool,
     retry: Arc<Retry>,
 }
 
@@ -67,11 +74,46 @@ impl Members {
     }
 }
 
+#[derive(Debug)]
+struct Place {
+    address: String,
+    connections: Connections,
+    lookups: Arc<Together<v1::LookupRequest, Found>>,
+}
+
+impl Place {
+    fn new(address: String) -> Arc<Self> {
+        Arc::new(Self { address, connections: Connections::default(), lookups: Arc::default() })
+    }
+}
+
 impl Directory {
     pub fn new(network: Arc<dyn Connect>, addresses: Vec<String>, retry: Arc<Retry>) -> Self {
-        let connections = addresses.iter().map(|_| Connections::default()).collect();
-        let lookups = addresses.iter().map(|_| Arc::default()).collect();
-        Self { network, addresses, connections, lookups, current: AtomicUsize::new(0), retry }
+        let places = RwLock::new(addresses.into_iter().map(Place::new).collect());
+        let (current, chosen) = (AtomicUsize::new(0), AtomicBool::new(false));
+        Self { network, places, current, chosen, retry }
+    }
+
+    /// Takes in which directories share the store, as one of them says; of one that is alone there is nothing to learn. The
+    /// first time one of them is chosen.
+    pub fn learn(&self, directories: &[v1::DirectoryAddress]) {
+        if directories.is_empty() {
+            return;
+        }
+        let mut places = self.places.write();
+        for address in directories.iter().flat_map(|one| one.addresses.first()) {
+            let known = places.iter().any(|place| place.address == *address);
+            if !known && places.len() < ADDRESSES_MAX {
+                places.push(Place::new(address.clone()));
+            }
+        }
+        let named = |place: &Place| directories.iter().any(|one| one.addresses.contains(&place.address));
+        let there: Vec<usize> = (0..places.len()).filter(|index| named(&places[*index])).collect();
+        if there.is_empty() || self.chosen.swap(true, Ordering::Relaxed) {
+            return;
+        }
+        let chosen = there[(self.retry.random() % there.len() as u64) as usize];
+        self.current.store(chosen, Ordering::Relaxed);
     }
 
     /// The address now in use and its channel, for what lasts: streams.
@@ -79,25 +121,28 @@ impl Directory {
     /// # Errors
     /// `INVALID_ARGUMENT` for an address of a wrong form.
     pub fn channel(&self) -> Result<(usize, Channel)> {
-        let index = self.current();
-        Ok((index, self.connections[index].first(|| self.connect(index))?))
+        let (index, place) = self.current();
+        Ok((index, place.connections.first(|| self.connect(&place))?))
     }
 
-    fn current(&self) -> usize {
-        self.current.load(Ordering::Relaxed) % self.addresses.len()
+    fn current(&self) -> (usize, Arc<Place>) {
+        let places = self.places.read();
+        let index = self.current.load(Ordering::Relaxed) % places.len();
+        (index, places[index].clone())
     }
 
-    fn connect(&self, index: usize) -> Result<Channel> {
-        net::channel(&self.network, &self.addresses[index], Traffic::Small)
+    fn connect(&self, place: &Place) -> Result<Channel> {
+        net::channel(&self.network, &place.address, Traffic::Small)
     }
 
-    pub fn address(&self, index: usize) -> &str {
-        &self.addresses[index]
+    pub fn address(&self, index: usize) -> String {
+        let places = self.places.read();
+        places[index % places.len()].address.clone()
     }
 
     /// Moves on from an address that does not answer, unless somebody did already.
     pub fn rotate(&self, from: usize) {
-        let next = (from + 1) % self.addresses.len();
+        let next = (from + 1) % self.places.read().len();
         let _ = self.current.compare_exchange(from, next, Ordering::Relaxed, Ordering::Relaxed);
     }
 
@@ -147,12 +192,12 @@ impl Directory {
         F: Fn(Channel, Request<M>) -> Fut,
         Fut: Future<Output = Result<Response<T>, Status>>,
     {
-        let index = self.current();
-        let (channel, _under_way) = self.connections[index].pick(|| self.connect(index))?;
+        let (index, place) = self.current();
+        let (channel, _under_way) = place.connections.pick(|| self.connect(&place))?;
         let mut request = Request::new(message);
         request::stamp(&mut request, own);
         let answer =
-            async { method(channel, request).await.map_err(|status| restore(status, self.address(index))) };
+            async { method(channel, request).await.map_err(|status| restore(status, &place.address)) };
         self.wait(index, attempts, extra, answer).await.map(Response::into_inner)
     }
 
@@ -170,10 +215,11 @@ impl Directory {
     async fn look(self: &Arc<Self>, message: v1::LookupRequest) -> Result<Found> {
         let mut attempts = self.retry.start();
         loop {
-            let index = self.current();
-            let directory = self.clone();
-            let answer = self.lookups[index]
-                .ask(message.clone(), move |asked| directory.clone().look_up(index, asked));
+            let (index, place) = self.current();
+            let (directory, of) = (self.clone(), place.clone());
+            let answer = place
+                .lookups
+                .ask(message.clone(), move |asked| directory.clone().look_up(of.clone(), asked));
             match self.wait(index, &attempts, Duration::ZERO, answer).await {
                 Ok(found) => return Ok(found),
                 Err(error) => attempts.pause(in_operation(error, None)).await?,
@@ -182,11 +228,11 @@ impl Directory {
     }
 
     /// Makes one call for some lookups.
-    async fn look_up(self: Arc<Self>, index: usize, mut asked: Vec<Asked<v1::LookupRequest, Found>>) {
+    async fn look_up(self: Arc<Self>, place: Arc<Place>, mut asked: Vec<Asked<v1::LookupRequest, Found>>) {
         while asked.len() > 1 {
             let lookups = asked.iter().map(|asked| asked.question.clone()).collect();
             let message = v1::LookupManyRequest { lookups };
-            let answer = self.once(index, message, |channel, request| async move {
+            let answer = self.once(&place, message, |channel, request| async move {
                 names(channel).lookup_many(request).await
             });
             let answer = match answer.await {
@@ -207,7 +253,7 @@ impl Directory {
             for (asked, answer) in asked.into_iter().zip(answer.answers) {
                 asked.answer(match answer.outcome {
                     Some(Outcome::Found(answer)) => Ok(Found { answer, members: members.clone() }),
-                    Some(Outcome::Error(error)) => Err(named(Error::from_wire(error), self.address(index))),
+                    Some(Outcome::Error(error)) => Err(named(Error::from_wire(error), &place.address)),
                     None => Err(Error::internal("the directory answered a lookup with nothing")),
                 });
             }
@@ -215,7 +261,7 @@ impl Directory {
             asked = rest;
         }
         let single = |asked: Asked<v1::LookupRequest, Found>| async {
-            let found = self.once(index, asked.question.clone(), |channel, request| async move {
+            let found = self.once(&place, asked.question.clone(), |channel, request| async move {
                 names(channel).lookup(request).await
             });
             asked.answer(found.await.map(|mut answer| {
@@ -228,18 +274,18 @@ impl Directory {
     }
 
     /// Makes a call once, for as long as one attempt may take.
-    async fn once<M, T, F, Fut>(&self, index: usize, message: M, method: F) -> Result<T>
+    async fn once<M, T, F, Fut>(&self, place: &Place, message: M, method: F) -> Result<T>
     where
         F: FnOnce(Channel, Request<M>) -> Fut,
         Fut: Future<Output = Result<Response<T>, Status>>,
     {
-        let (channel, _under_way) = self.connections[index].pick(|| self.connect(index))?;
+        let (channel, _under_way) = place.connections.pick(|| self.connect(place))?;
         let mut request = Request::new(message);
         request::stamp(&mut request, self.own_id().as_deref());
         match tokio::time::timeout(ATTEMPT, method(channel, request)).await {
             Ok(Ok(answer)) => Ok(answer.into_inner()),
-            Ok(Err(status)) => Err(restore(status, self.address(index))),
-            Err(_) => Err(self.silent(index, ATTEMPT)),
+            Ok(Err(status)) => Err(restore(status, &place.address)),
+            Err(_) => Err(silent(&place.address, ATTEMPT)),
         }
     }
 
@@ -255,7 +301,7 @@ impl Directory {
         let error = match tokio::time::timeout(patience, answer).await {
             Ok(Ok(answer)) => return Ok(answer),
             Ok(Err(error)) => error,
-            Err(_) => self.silent(index, patience),
+            Err(_) => silent(&self.address(index), patience),
         };
         if matches!(error.reason, Reason::Unavailable | Reason::DeadlineExceeded | Reason::Rebuilding) {
             self.rotate(index);
@@ -263,16 +309,15 @@ impl Directory {
         Err(error)
     }
 
-    fn silent(&self, index: usize, patience: Duration) -> Error {
-        let address = self.address(index);
-        let why = format!("the directory at {address} did not answer in {} ms", patience.as_millis());
-        Error::new(Reason::DeadlineExceeded, why).on(address)
-    }
-
     /// An id for calls that are part of no operation.
     fn own_id(&self) -> Option<String> {
         request::current().is_none().then(|| format!("{:016x}", self.retry.random()))
     }
+}
+
+fn silent(address: &str, patience: Duration) -> Error {
+    let why = format!("the directory at {address} did not answer in {} ms", patience.as_millis());
+    Error::new(Reason::DeadlineExceeded, why).on(address)
 }
 
 /// An error that names the operation it is about.

@@ -343,6 +343,7 @@ impl Sessions {
             .call(message, |channel, request| async move { directory::sessions(channel).open(request).await })
             .await?;
         self.cluster_id.lock().clone_from(&answer.cluster_id);
+        self.directory.learn(&answer.directories);
         let ttl = Duration::from_millis(answer.ttl_ms.clamp(1, limits::SESSION_TTL_MS_MAX));
         let session = Arc::new(Session {
             id: SessionId(answer.session_id),
@@ -573,7 +574,7 @@ async fn renew(
             Ok(())
         }
         Ok(Err(status)) => {
-            let error = restore(status, directory.address(index));
+            let error = restore(status, &directory.address(index));
             if error.reason.is_transient() {
                 directory.rotate(index);
             }
@@ -608,14 +609,14 @@ async fn keep_by_stream(
     let opening = tokio::time::timeout(interval, client.keep_alive(ReceiverStream::new(receiver))).await;
     let mut answers = match opening {
         Ok(Ok(answers)) => answers.into_inner(),
-        Ok(Err(status)) => return restore(status, directory.address(index)),
+        Ok(Err(status)) => return restore(status, &directory.address(index)),
         Err(_) => return silent(),
     };
     loop {
         match tokio::time::timeout(interval, answers.message()).await {
             Ok(Ok(Some(_))) => session.confirm(sent_at),
             Ok(Ok(None)) => return Error::unavailable("the directory ended the keep-alive stream"),
-            Ok(Err(status)) => return restore(status, directory.address(index)),
+            Ok(Err(status)) => return restore(status, &directory.address(index)),
             Err(_) => return silent(),
         }
         // Half-way answers do not bring the next renewal forward. However many readers came meanwhile, there is one

@@ -6,8 +6,8 @@ use crate::{
     member::{Around, Member, Port, Service, Store},
     wrappers::{Role, Wrappers},
 };
-use cairn_proto::{Error, Result, net::Connect};
-use dir_service::store::MetaStore;
+use cairn_proto::{Error, Result, limits::DIRECTORIES_MAX, net::Connect};
+use dir_service::store::{MemoryStore, MetaStore};
 use disk::{Disk, SimDisk};
 use file_service::chunks::ChunkStore;
 use std::{
@@ -28,6 +28,7 @@ type FileTuning = Arc<dyn Fn(usize, &mut file_service::Config) + Send + Sync>;
 /// Chooses what a [`Cluster`] is made of. Everything has a default: three file servers, real disks in a temporary
 /// directory that goes with the cluster, free ports of the loopback address.
 pub struct Builder {
+    directories: Option<usize>,
     file_servers: usize,
     zones: Vec<String>,
     data: Option<PathBuf>,
@@ -44,6 +45,7 @@ pub struct Builder {
 impl fmt::Debug for Builder {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Builder")
+            .field("directories", &self.directories)
             .field("file_servers", &self.file_servers)
             .field("zones", &self.zones)
             .field("data", &self.data)
@@ -56,6 +58,7 @@ impl fmt::Debug for Builder {
 impl Default for Builder {
     fn default() -> Self {
         Self {
+            directories: None,
             file_servers: 3,
             zones: Vec::new(),
             data: None,
@@ -75,6 +78,13 @@ impl Builder {
     /// How many file servers: 1 to [`FILE_SERVERS_MAX`]; 3 unless said otherwise.
     pub fn file_servers(mut self, count: usize) -> Self {
         self.file_servers = count;
+        self
+    }
+
+    /// Several directories, 1 to [`DIRECTORIES_MAX`], over one store in memory, which outlives all of them. Unless said
+    /// otherwise there is one, with a store of its own.
+    pub fn directories(mut self, count: usize) -> Self {
+        self.directories = Some(count);
         self
     }
 
@@ -173,6 +183,16 @@ impl Builder {
         self
     }
 
+    /// Puts something between each of several directories (by index, from 0) and the store that they share. Called at each
+    /// start of one.
+    pub fn shared_store_wrapper(
+        mut self,
+        wrap: impl Fn(usize, Arc<dyn MetaStore>) -> Arc<dyn MetaStore> + Send + Sync + 'static,
+    ) -> Self {
+        self.wrappers.shared_store = Some(Arc::new(wrap));
+        self
+    }
+
     /// Puts something between each file server (by index, from 0) and its store of chunks. Called at each start of one.
     /// What is given later goes around what was given before.
     pub fn chunk_store_wrapper(
@@ -209,33 +229,49 @@ impl Builder {
             seed: self.seed,
             around: Arc::new(Around { gates: Gates::default().into(), wrappers: self.wrappers }),
             file: self.file,
-            directory_uri: String::new(),
+            directory_uris: Vec::new(),
         };
-        let port = Port::reserve(self.listen, layout.host.as_deref())?;
-        let mut config =
-            dir_service::Config { advertise: vec![port.uri()], ..dir_service::Config::default() };
+        let shared = self.directories.map(|count| (count, MemoryStore::new()));
+        if !(1..=DIRECTORIES_MAX).contains(&self.directories.unwrap_or(1)) {
+            return Err(Error::invalid(format!(
+                "a store is shared by 1 to {DIRECTORIES_MAX} directories, not {}",
+                self.directories.unwrap_or(1)
+            )));
+        }
+        let is_fresh = shared.is_some() || layout.is_fresh(self.file_servers);
+        let mut config = dir_service::Config::default();
         if let Some(tune) = self.directory {
             tune(&mut config);
         }
-        let store = layout.store(Role::Directory, 0);
-        let is_fresh = layout.is_fresh(self.file_servers);
-        let first_life = is_fresh.then(|| {
-            let mut config = config.clone();
-            config.timing.forming_wait_ms = 0;
-            Service::Directory(config)
-        });
-        let directory = Member::new(
-            Role::Directory,
-            String::new(),
-            port,
-            store,
-            Service::Directory(config),
-            layout.around.clone(),
-            self.seed,
-        );
-        *directory.first_life.lock() = first_life;
-        let layout = Layout { directory_uri: directory.port.uri(), ..layout };
-        Cluster::start_members(directory, layout, is_fresh, self.file_servers, temporary).await
+        let given = std::mem::take(&mut config.advertise);
+        let mut directories = Vec::new();
+        for index in 0..self.directories.unwrap_or(1) {
+            let listen = if index == 0 { self.listen } else { SocketAddr::new(self.listen.ip(), 0) };
+            let port = Port::reserve(listen, layout.host.as_deref())?;
+            let advertise = if index == 0 && !given.is_empty() { given.clone() } else { vec![port.uri()] };
+            let config = dir_service::Config { advertise, ..config.clone() };
+            let role = if index == 0 { Role::Directory } else { Role::FurtherDirectory(index) };
+            // Beside those of the file servers.
+            let number = if index == 0 { 0 } else { (FILE_SERVERS_MAX + index) as u64 };
+            let first_life = (is_fresh && shared.is_none()).then(|| {
+                let mut config = config.clone();
+                config.timing.forming_wait_ms = 0;
+                Service::Directory(config)
+            });
+            let service = match &shared {
+                Some((_, store)) => Service::SharedDirectory(config, index, store.clone()),
+                None => Service::Directory(config),
+            };
+            let store = layout.store(role, number);
+            let seed = self.seed.wrapping_add(number);
+            let around = layout.around.clone();
+            let directory = Member::new(role, String::new(), port, store, service, around, seed);
+            *directory.first_life.lock() = first_life;
+            directories.push(Arc::new(directory));
+        }
+        let layout =
+            Layout { directory_uris: directories.iter().map(|one| one.port.uri()).collect(), ..layout };
+        Cluster::start_members(directories, layout, is_fresh, self.file_servers, temporary).await
     }
 }
 
@@ -250,7 +286,7 @@ pub(crate) struct Layout {
     seed: u64,
     pub(crate) around: Arc<Around>,
     file: Option<FileTuning>,
-    pub(crate) directory_uri: String,
+    pub(crate) directory_uris: Vec<String>,
 }
 
 impl Layout {
@@ -269,7 +305,7 @@ impl Layout {
         });
         let port = self.file_port()?;
         let mut config = file_service::Config {
-            directory: vec![self.directory_uri.clone()],
+            directory: self.directory_uris.clone(),
             advertise: vec![port.uri()],
             zone: zone.clone(),
             ..file_service::Config::default()

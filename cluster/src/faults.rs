@@ -45,17 +45,17 @@ impl Cluster {
 
     /// Cuts the directory off silently, likewise.
     pub fn partition_directory(&self) {
-        self.directory.gate.cut();
+        self.directories[0].gate.cut();
     }
 
     /// Connects the directory again.
     pub fn heal_directory(&self) {
-        self.directory.gate.heal();
+        self.directories[0].gate.heal();
     }
 
     /// Ends the directory as SIGKILL would.
     pub async fn kill_directory(&self) {
-        self.directory.kill().await;
+        self.directories[0].kill().await;
     }
 
     /// Starts the directory again, with its store and at its address. Does nothing when it runs.
@@ -63,7 +63,49 @@ impl Cluster {
     /// # Errors
     /// What the service says that cannot start.
     pub async fn restart_directory(&self) -> Result<()> {
-        self.directory.start().await
+        self.directories[0].start().await
+    }
+
+    /// Ends the directory with this index, from 0, as SIGKILL would.
+    pub async fn kill_directory_at(&self, directory: usize) {
+        self.directories[directory].kill().await;
+    }
+
+    /// Ends it as SIGTERM would.
+    ///
+    /// # Errors
+    /// What the service ended with.
+    pub async fn stop_directory_at(&self, directory: usize) -> Result<()> {
+        self.directories[directory].stop().await
+    }
+
+    /// Starts it again at its address. Does nothing when it runs.
+    ///
+    /// # Errors
+    /// What the service says that cannot start.
+    pub async fn restart_directory_at(&self, directory: usize) -> Result<()> {
+        self.directories[directory].start().await
+    }
+
+    /// Cuts it off from clients and file servers silently.
+    pub fn partition_directory_at(&self, directory: usize) {
+        self.directories[directory].gate.cut();
+    }
+
+    /// Connects it again.
+    pub fn heal_directory_at(&self, directory: usize) {
+        self.directories[directory].gate.heal();
+    }
+
+    /// Cuts it off from the store that it shares: what it asks of that neither arrives nor fails, until
+    /// [`Cluster::heal_store_of`]. What it asked arrives then, as of a process that was stopped for a while.
+    pub fn cut_store_of(&self, directory: usize) {
+        self.directories[directory].store_gate.cut();
+    }
+
+    /// Connects it to the store again.
+    pub fn heal_store_of(&self, directory: usize) {
+        self.directories[directory].store_gate.heal();
     }
 
     /// Deletes the directory's whole store. Kill it before.
@@ -71,7 +113,7 @@ impl Cluster {
     /// # Errors
     /// `INVALID_ARGUMENT` while the directory runs.
     pub async fn lose_directory_store(&self) -> Result<()> {
-        self.directory.wipe().await
+        self.directories[0].wipe().await
     }
 
     /// Deletes all that file server `i` stored. Kill it before.
@@ -127,7 +169,7 @@ impl Cluster {
 
     /// The directory's memory disk.
     pub fn directory_memory_disk(&self) -> Option<SimDisk> {
-        memory(&self.directory)
+        memory(&self.directories[0])
     }
 
     /// The data directory of file server `i`; none in memory.
@@ -137,7 +179,7 @@ impl Cluster {
 
     /// The directory's data directory; none in memory.
     pub fn directory_folder(&self) -> Option<PathBuf> {
-        folder(&self.directory)
+        folder(&self.directories[0])
     }
 }
 

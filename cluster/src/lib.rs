@@ -21,6 +21,7 @@
 //! | --- | --- |
 //! | another number of servers, zones, data that stays, memory disks, other times | [`Cluster::builder`] |
 //! | a dead, restarted or unreachable file server | [`Cluster::kill`], [`Cluster::restart`], [`Cluster::partition`] |
+//! | several directories over one store | [`Builder::directories`], [`Cluster::kill_directory_at`] and the like |
 //! | a dead or forgetful directory | [`Cluster::kill_directory`], [`Cluster::lose_directory_store`] |
 //! | everything dead at once, or without power | [`Cluster::kill_all`], [`Cluster::lose_power`] |
 //! | a directory's data folder from a backup | [`restore`] |
@@ -34,6 +35,7 @@ mod builder;
 mod faults;
 mod gate;
 mod life_disk;
+mod life_store;
 mod member;
 mod wrappers;
 
@@ -67,11 +69,13 @@ const READY_POLL: Duration = Duration::from_millis(5);
 /// A running cluster. Dropping it kills all services; [`Cluster::shutdown`] ends them cleanly.
 #[derive(Debug)]
 pub struct Cluster {
-    directory: Arc<Member>,
+    /// One, or several that share a store.
+    directories: Vec<Arc<Member>>,
     file_servers: RwLock<Vec<Arc<Member>>>,
     layout: Mutex<Layout>,
     network: Arc<dyn Connect>,
-    channel: Channel,
+    /// To each directory.
+    channels: Vec<Channel>,
     /// Removed with the cluster; declared last, so after the services.
     _temporary: Option<TempDir>,
 }
@@ -102,7 +106,7 @@ impl Cluster {
     }
 
     async fn start_members(
-        directory: Member,
+        directories: Vec<Arc<Member>>,
         layout: Layout,
         is_fresh: bool,
         file_servers: usize,
@@ -111,16 +115,19 @@ impl Cluster {
         let around = &layout.around;
         let system = around.wrappers.network(Role::Client, Arc::new(SystemNetwork));
         let network: Arc<dyn Connect> = Arc::new(GatedNetwork::new(system, around.gates.clone(), None));
-        let channel = channel(&network, &layout.directory_uri, Traffic::Small)?;
+        let channels = layout.directory_uris.iter().map(|uri| channel(&network, uri, Traffic::Small));
+        let channels = channels.collect::<Result<_>>()?;
         let cluster = Self {
-            directory: Arc::new(directory),
+            directories,
             file_servers: RwLock::default(),
             layout: Mutex::new(layout),
             network,
-            channel,
+            channels,
             _temporary: temporary,
         };
-        cluster.directory.start().await?;
+        for directory in &cluster.directories {
+            directory.start().await?;
+        }
         if is_fresh {
             // In turn, so that the directory gives them their ids in order.
             for _ in 0..file_servers {
@@ -147,7 +154,8 @@ impl Cluster {
 
     /// A client's settings, with the cluster's directory and network chosen already.
     pub fn client_builder(&self) -> client_lib::ClientBuilder {
-        Client::builder().directory(self.directory_uri()).network(self.network())
+        let builder = Client::builder().network(self.network());
+        self.directory_uris().into_iter().fold(builder, |builder, uri| builder.directory(uri))
     }
 
     /// The network between clients and this cluster, on which partitioned servers do not answer. Programs that
@@ -156,9 +164,19 @@ impl Cluster {
         self.network.clone()
     }
 
-    /// Where the directory listens, `http://host:port`.
+    /// Where the directory listens, `http://host:port`; of several the first.
     pub fn directory_uri(&self) -> String {
-        self.directory.port.uri()
+        self.directories[0].port.uri()
+    }
+
+    /// Where all directories listen.
+    pub fn directory_uris(&self) -> Vec<String> {
+        self.directories.iter().map(|directory| directory.port.uri()).collect()
+    }
+
+    /// Number of directories, running or not.
+    pub fn directories(&self) -> usize {
+        self.directories.len()
     }
 
     /// Number of file servers, running or not.
@@ -227,7 +245,18 @@ impl Cluster {
     /// # Errors
     /// `UNAVAILABLE` without a directory.
     pub async fn status(&self) -> Result<StatusResponse> {
-        Ok(self.cluster_service().status(StatusRequest {}).await?.into_inner())
+        self.status_at(0).await
+    }
+
+    /// The view of the directory with this index, from 0.
+    ///
+    /// # Errors
+    /// `UNAVAILABLE` without that directory.
+    ///
+    /// # Panics
+    /// When there is no such directory; so in all methods that take an index of one.
+    pub async fn status_at(&self, directory: usize) -> Result<StatusResponse> {
+        Ok(self.cluster_service(directory).status(StatusRequest {}).await?.into_inner())
     }
 
     /// All servers and groups.
@@ -235,7 +264,7 @@ impl Cluster {
     /// # Errors
     /// `UNAVAILABLE` without a directory.
     pub async fn topology(&self) -> Result<TopologyResponse> {
-        Ok(self.cluster_service().topology(TopologyRequest::default()).await?.into_inner())
+        Ok(self.cluster_service(0).topology(TopologyRequest::default()).await?.into_inner())
     }
 
     /// Waits until the directory serves and every file server that runs and is not partitioned is live.
@@ -283,14 +312,26 @@ impl Cluster {
                 return Err(error);
             }
         }
-        let status = match self.status().await {
+        let mut missing = Vec::new();
+        for (index, directory) in self.directories.iter().enumerate() {
+            // Of several, those that do not run are not waited for.
+            if self.directories.len() == 1 || directory.is_running().await && !directory.gate.is_cut() {
+                missing.extend(self.missing_at(index).await);
+            }
+        }
+        Ok(missing)
+    }
+
+    /// Who is not there yet, as one directory sees it.
+    async fn missing_at(&self, index: usize) -> Vec<String> {
+        let status = match self.status_at(index).await {
             Ok(status) => status,
-            Err(error) => return Ok(vec![format!("the directory ({error})")]),
+            Err(error) => return vec![format!("the directory ({error})")],
         };
         if let Some(directory) = &status.directory
             && directory.mode != "serving"
         {
-            return Ok(vec![format!("the directory ({}: {})", directory.mode, directory.reason)]);
+            return vec![format!("the directory ({}: {})", directory.mode, directory.reason)];
         }
         let mut missing = Vec::new();
         let members = self.file_servers.read().clone();
@@ -307,7 +348,7 @@ impl Cluster {
                 missing.push(member.name.clone());
             }
         }
-        Ok(missing)
+        missing
     }
 
     /// Stops all services cleanly: first the file servers finish what they do, then the directory.
@@ -317,17 +358,17 @@ impl Cluster {
     pub async fn shutdown(self) -> Result<()> {
         let file_servers = std::mem::take(&mut *self.file_servers.write());
         let stopped = futures::future::join_all(file_servers.iter().map(|member| member.stop())).await;
-        let directory = self.directory.stop().await;
-        stopped.into_iter().chain([directory]).collect()
+        let directories = futures::future::join_all(self.directories.iter().map(|one| one.stop())).await;
+        stopped.into_iter().chain(directories).collect()
     }
 
-    fn cluster_service(&self) -> ClusterServiceClient<Channel> {
-        ClusterServiceClient::new(self.channel.clone())
+    fn cluster_service(&self, directory: usize) -> ClusterServiceClient<Channel> {
+        ClusterServiceClient::new(self.channels[directory].clone())
             .max_decoding_message_size(cairn_proto::limits::MESSAGE_BYTES_MAX)
     }
 
     fn members(&self) -> Vec<Arc<Member>> {
-        let mut members = vec![self.directory.clone()];
+        let mut members = self.directories.clone();
         members.extend(self.file_servers.read().iter().cloned());
         members
     }

@@ -1,8 +1,9 @@
 //! One service of an embedded cluster: its port, its gate, its disk, and the life it is in.
 
 use crate::{
-    gate::{Gate, GatedNetwork, Gates},
+    gate::{Gate, GatedNetwork, Gates, Life},
     life_disk::LifeDisk,
+    life_store::LifeStore,
     wrappers::{Role, Wrappers},
 };
 use cairn_proto::{
@@ -10,6 +11,7 @@ use cairn_proto::{
     host::{Host, SystemClock},
     net::{Incoming, SystemNetwork, Wire, accept_tcp},
 };
+use dir_service::store::MemoryStore;
 use disk::{CrashKeep, Disk, RealDisk, SimDisk};
 use futures::StreamExt as _;
 use std::{
@@ -43,6 +45,8 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(20);
 #[derive(Clone, Debug)]
 pub(crate) enum Service {
     Directory(dir_service::Config),
+    /// One of several, with its index, on a store that they share.
+    SharedDirectory(dir_service::Config, usize, MemoryStore),
     File(file_service::Config),
 }
 
@@ -51,7 +55,7 @@ impl Service {
         self,
         (role, wrappers): (Role, Wrappers),
         disk: Arc<dyn Disk>,
-        host: Host,
+        (host, life, store_gate): (Host, Life, Arc<Gate>),
         incoming: Incoming,
         built: oneshot::Sender<Result<()>>,
         shutdown: CancellationToken,
@@ -75,10 +79,16 @@ impl Service {
             Self::Directory(config) => {
                 run!(dir_service::App::build_wrapped(config, disk, host, wrappers.store))
             }
+            Self::SharedDirectory(config, index, store) => {
+                let living = LifeStore::new(Arc::new(store), life, store_gate);
+                let store = wrappers.shared_store(index, Arc::new(living));
+                let app = dir_service::App::build_shared(config, store, host, wrappers.store);
+                run!(std::future::ready(Ok::<_, Error>(app)))
+            }
             Self::File(config) => {
                 let wrap = |store| match role {
                     Role::FileServer(index) => wrappers.chunk_store(index, store),
-                    Role::Directory | Role::Client => store,
+                    Role::Directory | Role::FurtherDirectory(_) | Role::Client => store,
                 };
                 run!(file_service::App::build_wrapped(config, disk, host, wrap))
             }
@@ -181,6 +191,8 @@ pub(crate) struct Member {
     role: Role,
     pub(crate) port: Port,
     pub(crate) gate: Arc<Gate>,
+    /// Between a directory and the store that it shares.
+    pub(crate) store_gate: Arc<Gate>,
     pub(crate) zone: String,
     pub(crate) store: Store,
     service: Service,
@@ -232,7 +244,8 @@ impl Member {
         around.gates.add(port.authority.clone(), gate.clone());
         let (seed, running) = (AtomicU64::new(seed), Mutex::default());
         let first_life = parking_lot::Mutex::default();
-        Self { name, role, port, gate, zone, store, service, first_life, around, seed, running }
+        let store_gate = Gate::new();
+        Self { name, role, port, gate, store_gate, zone, store, service, first_life, around, seed, running }
     }
 
     pub(crate) async fn is_running(&self) -> bool {
@@ -273,7 +286,7 @@ impl Member {
         });
         let incoming: Incoming = Box::pin(wrapped.take_until(life.clone().end()));
         let system = wrappers.network(self.role, Arc::new(SystemNetwork));
-        let network = GatedNetwork::new(system, self.around.gates.clone(), Some(life));
+        let network = GatedNetwork::new(system, self.around.gates.clone(), Some(life.clone()));
         let host = Host {
             network: Arc::new(network),
             clock: Arc::new(SystemClock),
@@ -283,7 +296,14 @@ impl Member {
         let shutdown = CancellationToken::new();
         let service = self.first_life.lock().take().unwrap_or_else(|| self.service.clone());
         let seen = (self.role, wrappers.clone());
-        let task = service.run(seen, disk.clone() as Arc<dyn Disk>, host, incoming, built, shutdown.clone());
+        let task = service.run(
+            seen,
+            disk.clone() as Arc<dyn Disk>,
+            (host, life, self.store_gate.clone()),
+            incoming,
+            built,
+            shutdown.clone(),
+        );
         let mut started = Running { task: tokio::spawn(task), acceptor, shutdown, disk };
         let built = match is_built.await {
             Ok(built) => built,

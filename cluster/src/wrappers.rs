@@ -9,8 +9,10 @@ use std::{fmt, sync::Arc};
 /// Who has a disk or a network in an embedded cluster.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Role {
-    /// The directory.
+    /// The directory; the first where several share a store.
     Directory,
+    /// A further one of several that share a store, with its index, from 1.
+    FurtherDirectory(usize),
     /// The file server with this index, from 0.
     FileServer(usize),
     /// A client; it has no disk.
@@ -22,6 +24,7 @@ impl Role {
     pub(crate) fn name(self) -> String {
         match self {
             Self::Directory => "directory".to_owned(),
+            Self::FurtherDirectory(index) => format!("directory-{}", index + 1),
             Self::FileServer(index) => format!("file-server-{}", index + 1),
             Self::Client => "client".to_owned(),
         }
@@ -37,6 +40,7 @@ pub(crate) struct Wrappers {
     pub(crate) network: Option<Wrap<Role, dyn Connect>>,
     pub(crate) chunk_store: Option<Wrap<usize, dyn ChunkStore>>,
     pub(crate) store: StoreWrapper,
+    pub(crate) shared_store: Option<Wrap<usize, dyn MetaStore>>,
 }
 
 impl Wrappers {
@@ -56,6 +60,14 @@ impl Wrappers {
 
     pub(crate) fn chunk_store(&self, index: usize, store: Arc<dyn ChunkStore>) -> Arc<dyn ChunkStore> {
         match &self.chunk_store {
+            Some(wrap) => wrap(index, store),
+            None => store,
+        }
+    }
+
+    /// The store that several directories share, as the one with this index sees it.
+    pub(crate) fn shared_store(&self, index: usize, store: Arc<dyn MetaStore>) -> Arc<dyn MetaStore> {
+        match &self.shared_store {
             Some(wrap) => wrap(index, store),
             None => store,
         }
@@ -88,6 +100,7 @@ impl fmt::Debug for Wrappers {
             .field("network", &self.network.is_some())
             .field("chunk_store", &self.chunk_store.is_some())
             .field("store", &self.store)
+            .field("shared_store", &self.shared_store.is_some())
             .finish()
     }
 }

@@ -30,7 +30,10 @@ use cairn_proto::{
 use parking_lot::Mutex;
 use std::{
     collections::{BTreeMap, BTreeSet},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 use tokio::{
@@ -73,6 +76,8 @@ pub struct Membership {
     beaten: watch::Sender<u64>,
     /// The term in which this directory leads, as of its last turn.
     term: watch::Sender<Option<u64>>,
+    /// The term in which it last gave every session a home.
+    housed: AtomicU64,
 }
 
 #[derive(Debug)]
@@ -117,6 +122,7 @@ impl Membership {
             wanted: Notify::new(),
             beaten: watch::Sender::new(0),
             term: watch::Sender::new(None),
+            housed: AtomicU64::new(0),
         };
         membership.enter(sessions).await?;
         Ok(membership)
@@ -183,6 +189,17 @@ impl Membership {
             .ok_or_else(|| Error::unavailable("another directory does the background work now"))?;
         plan.require(Precondition::Unchanged(key::lead(), Some(revision)));
         Ok(())
+    }
+
+    /// In this term every session was seen to have a home that lives, or was given one.
+    pub fn all_housed(&self, term: u64) {
+        self.housed.store(term, Ordering::Relaxed);
+    }
+
+    /// Whether this directory leads, and every session has had a home since it does: only then do the floors of all
+    /// directories say what sessions read at.
+    pub fn knows_readers(&self) -> bool {
+        self.leads().is_some_and(|term| self.housed.load(Ordering::Relaxed) == term)
     }
 
     /// Waits until this directory leads.

@@ -40,6 +40,9 @@
 //! * The floor of a dead directory is 0 until its sessions have another home, where each counts as reading everything
 //!   until it was heard or has ended.
 //!
+//! * Whoever leads collects nothing before it has seen that every session has a home: those of a time when there was one
+//!   directory have none.
+//!
 //! Floors are read together, at one revision, after the age of what may go was decided. A reader that none of them covers
 //! has told nobody within the grace time that it reads.
 

@@ -102,7 +102,8 @@ async fn lead(directory: &Directory) {
 /// The oldest revision that any session still reads at, of all directories on the store.
 async fn oldest_read(directory: &Directory) -> Result<Option<Revision>> {
     match &directory.membership {
-        Some(_) => Ok(Team::read(&directory.store).await?.unread()),
+        Some(membership) if membership.knows_readers() => Ok(Team::read(&directory.store).await?.unread()),
+        Some(_) => Ok(Some(Revision(0))),
         None => Ok(directory.sessions.oldest_read()),
     }
 }

@@ -45,8 +45,11 @@ pub async fn run(directory: Arc<Directory>) {
             None => false,
         };
         if dead || looked_in != Some((me, term)) || look_at_all <= Instant::now() {
-            match round(&directory, &membership).await {
+            match round(&directory, &membership, term).await {
                 Ok(()) => {
+                    if let Some(term) = term {
+                        membership.all_housed(term);
+                    }
                     looked_in = Some((me, term));
                     look_at_all = Instant::now() + LOOK_AT_ALL;
                 }
@@ -66,7 +69,10 @@ struct Lost {
 
 /// Looks at all sessions. The one that leads takes over those whose home does not live, every directory its own that it
 /// does not know of; then dead directories are forgotten.
-async fn round(directory: &Directory, membership: &Membership) -> Result<()> {
+///
+/// # Errors
+/// The store's; `UNAVAILABLE` when it does not lead in this term any more.
+async fn round(directory: &Directory, membership: &Membership, term: Option<u64>) -> Result<()> {
     let dead: Vec<(u64, Revision)> = {
         let team = Team::read(&directory.store).await?;
         let dead = team.directories.iter().filter(|(_, seen)| seen.record.dead);
@@ -77,7 +83,8 @@ async fn round(directory: &Directory, membership: &Membership) -> Result<()> {
         let (_, page) = directory.store.scan(range.clone(), PAGE, None).await?;
         // Read behind the sessions: the home that one of them was given lives, or was declared dead since.
         let team = Team::read(&directory.store).await?;
-        let (leads, me) = (membership.leads().is_some(), membership.me().id);
+        let (leads, me) = (term.is_some(), membership.me().id);
+        check_lead(membership, term)?;
         let mut lost = Vec::new();
         for (key, value) in &page.entries {
             let Some(id) = key::last_u64(key).map(SessionId) else { continue };
@@ -95,12 +102,20 @@ async fn round(directory: &Directory, membership: &Membership) -> Result<()> {
             _ => break,
         }
     }
-    if membership.leads().is_some() {
+    if term.is_some() {
+        check_lead(membership, term)?;
         for (id, read) in dead {
             forget(directory, id, read).await?;
         }
     }
     Ok(())
+}
+
+fn check_lead(membership: &Membership, term: Option<u64>) -> Result<()> {
+    match term.is_none() || membership.leads() == term {
+        true => Ok(()),
+        false => Err(Error::unavailable("another directory does the background work now")),
+    }
 }
 
 /// Makes this directory the home of sessions.

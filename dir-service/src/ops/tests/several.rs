@@ -265,11 +265,14 @@ async fn a_session_without_a_home_is_taken_in() {
     store.commit(plan).await.unwrap();
     let began = Instant::now();
     let a = One::join(&store).await;
+    assert!(!a.directory.membership.as_ref().unwrap().knows_readers());
     until("it has a home", || async {
         record(&store, living).await.is_none_or(|session| session.home == a.id())
     })
     .await;
     assert!(lives(&store, living).await);
+    until("it knows of all", || async { a.directory.membership.as_ref().unwrap().knows_readers() }).await;
+    assert_eq!(unread(&store).await, 0, "it may read anything");
     until("both end", || async {
         record(&store, living).await.is_none() && record(&store, ended).await.is_none()
     })

@@ -11,6 +11,7 @@ use std::{fmt, ops::Bound, sync::Arc};
 pub mod codec;
 #[cfg(any(test, feature = "contract"))]
 pub mod contract;
+pub mod etcd;
 #[cfg(test)]
 mod hostile;
 pub mod index;
@@ -19,6 +20,7 @@ mod memory;
 mod reader;
 mod recent;
 
+pub use etcd::{EtcdOptions, EtcdStore};
 pub use journaled::{
     CLUSTER_ID_BYTES_MAX, Checkpoint, Found, JournalSlice, JournaledConfig, JournaledStore, Restore,
     StoreIdentity, open_index,

@@ -217,9 +217,8 @@ impl Directory {
         loop {
             let (index, place) = self.current();
             let (directory, of) = (self.clone(), place.clone());
-            let answer = place
-                .lookups
-                .ask(message.clone(), move |asked| directory.clone().look_up(of.clone(), asked));
+            let answer =
+                place.lookups.ask(message.clone(), move |asked| directory.clone().look_up(of.clone(), asked));
             match self.wait(index, &attempts, Duration::ZERO, answer).await {
                 Ok(found) => return Ok(found),
                 Err(error) => attempts.pause(in_operation(error, None)).await?,

@@ -82,7 +82,7 @@ impl Service {
             Self::SharedDirectory(config, index, store) => {
                 let living = LifeStore::new(Arc::new(store), life, store_gate);
                 let store = wrappers.shared_store(index, Arc::new(living));
-                let app = dir_service::App::build_shared(config, store, host, wrappers.store);
+                let app = dir_service::App::build_shared(config, store, None, host, wrappers.store);
                 run!(std::future::ready(Ok::<_, Error>(app)))
             }
             Self::File(config) => {

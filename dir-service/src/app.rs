@@ -13,7 +13,7 @@ use crate::{
     metrics,
     rebuild::Lobby,
     shared::SharedLife,
-    store::{JournaledStore, MetaStore, StoreWrapper},
+    store::{JournaledStore, MetaStore, StoreIdentity, StoreWrapper},
 };
 use cairn_proto::{
     Error, FILE_DESCRIPTOR_SET, Result,
@@ -96,10 +96,12 @@ impl App {
     }
 
     /// Wires a directory over a store that others use at the same time, each of them an app of its own. `wrapper` stands
-    /// between this one and the store. Nothing is served, nor the store touched, yet.
+    /// between this one and the store. A store that says itself whose it is has an `identity`. Nothing is served, nor the
+    /// store touched, yet.
     pub fn build_shared(
         config: Config,
         store: Arc<dyn MetaStore>,
+        identity: Option<StoreIdentity>,
         host: Host,
         wrapper: StoreWrapper,
     ) -> Self {
@@ -107,7 +109,7 @@ impl App {
         let lobby = Arc::new(Lobby::new(config.clone()));
         let seed = host.seed;
         let (gate_of, lobby_of) = (gate.clone(), lobby.clone());
-        let life = SharedLife { config, store, host, wrapper, gate: gate_of, lobby: lobby_of };
+        let life = SharedLife { config, store, identity, host, wrapper, gate: gate_of, lobby: lobby_of };
         let life = AnyLife::Shared(Arc::new(life));
         Self { life, gate, lobby, seed, counts: Arc::default(), metrics: None }
     }

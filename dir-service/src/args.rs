@@ -1,9 +1,13 @@
 //! Flags and environment of the `dir-service` program, checked as a whole before any port is bound.
 
-use crate::{Config, Effort, Timing};
+use crate::{Config, Effort, Timing, store::EtcdOptions};
 use cairn_proto::{Error, Result, limits::REPLICATION_MAX, listen::Listen, net::authority};
 use clap::{CommandFactory as _, FromArgMatches as _};
 use std::{net::SocketAddr, path::PathBuf};
+
+pub mod etcd;
+
+use etcd::{EMBEDDED, EtcdArgs};
 
 /// The directory of Cairn: names, versions, locks and placement.
 ///
@@ -14,6 +18,12 @@ pub struct Args {
     /// Address to listen on, 127.0.0.1:7400 or unix:/path; may be repeated
     #[arg(long, env = "CAIRN_LISTEN", value_delimiter = ',', default_value = "127.0.0.1:7400")]
     pub listen: Vec<String>,
+    /// Engine of the store: redb, in the folder of --data, or etcd://host1:2379,host2:2379/prefix
+    #[arg(long, env = "CAIRN_STORE", default_value = EMBEDDED)]
+    pub store: String,
+    /// Where that is on etcd, how to talk to it
+    #[command(flatten)]
+    pub etcd: EtcdArgs,
     /// Folder for the store
     #[arg(long, env = "CAIRN_DATA", default_value = "cairn-directory-data")]
     pub data: PathBuf,
@@ -82,12 +92,23 @@ pub struct Args {
 pub struct Settings {
     /// Where to listen.
     pub listen: Vec<Listen>,
-    /// The folder for the store.
+    /// The engine of the store.
+    pub store: StoreChoice,
+    /// The folder for the store, where the engine wants one.
     pub data: PathBuf,
     /// Where to serve metrics.
     pub metrics: Option<SocketAddr>,
     /// For the service. `advertise` is empty when it is to be taken from the listeners.
     pub config: Config,
+}
+
+/// The engine of a directory's store.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum StoreChoice {
+    /// A journal over a redb index, in the folder for data.
+    Embedded,
+    /// etcd.
+    Etcd(EtcdOptions),
 }
 
 /// Longest time that can be given, one day: a larger one is a mistake in the unit.
@@ -118,6 +139,7 @@ impl Args {
         if self.data.as_os_str().is_empty() {
             problems.push("--data needs a folder".to_owned());
         }
+        let store = self.check_store(&mut problems);
         let copies = |flag: &str, text: &Option<String>, problems: &mut Vec<String>| {
             text.as_ref()
                 .and_then(|text| number(flag, text, 1, u64::from(REPLICATION_MAX), problems))
@@ -148,7 +170,20 @@ impl Args {
             timing,
             effort,
         };
-        Ok(Settings { listen, data: self.data.clone(), metrics, config })
+        Ok(Settings { listen, store, data: self.data.clone(), metrics, config })
+    }
+
+    fn check_store(&self, problems: &mut Vec<String>) -> StoreChoice {
+        if self.store == EMBEDDED {
+            return StoreChoice::Embedded;
+        }
+        if !etcd::is_etcd(&self.store) {
+            let store = &self.store;
+            problems
+                .push(format!("--store '{store}' is not an engine: write {EMBEDDED} or etcd://host:2379"));
+            return StoreChoice::Embedded;
+        }
+        self.etcd.options("--store", &self.store, problems).map_or(StoreChoice::Embedded, StoreChoice::Etcd)
     }
 
     fn check_effort(&self, problems: &mut Vec<String>) -> Effort {
@@ -309,6 +344,18 @@ mod tests {
         }
         let error = args(&["--replication", "2", "--min-copies", "3"]).check().unwrap_err();
         assert!(error.message().contains("more than"), "{error}");
+    }
+
+    #[test]
+    fn the_engine_is_redb_unless_it_is_etcd() {
+        assert_eq!(args(&[]).check().unwrap().store, StoreChoice::Embedded);
+        let store = args(&["--store", "etcd://a:2379,b:2379/x"]).check().unwrap().store;
+        let StoreChoice::Etcd(options) = store else { panic!("{store:?}") };
+        assert_eq!(options.address.endpoints, ["a:2379", "b:2379"]);
+        for bad in ["fjall", "etcd://a", "http://a:2379"] {
+            let error = args(&["--store", bad]).check().unwrap_err();
+            assert!(error.message().contains("--store"), "{error}");
+        }
     }
 
     #[test]

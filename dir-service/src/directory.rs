@@ -8,7 +8,7 @@ use crate::{
     membership::Membership,
     ops::{view::View, watch::WatchRoom},
     sessions::Sessions,
-    store::{CommitError, JournaledStore, KeyRange, MetaStore},
+    store::{CommitError, JournaledStore, KeyRange, MetaStore, StoreIdentity},
 };
 use cairn_core::{
     attributes, key,
@@ -86,8 +86,13 @@ impl Directory {
     ///
     /// # Errors
     /// The store's; `LIMIT_EXCEEDED` when as many directories as may share it.
-    pub async fn open_shared(store: Arc<dyn MetaStore>, config: Config, host: Host) -> Result<Self> {
-        let (cluster_id, generation) = prepare_shared(&store, &host).await?;
+    pub async fn open_shared(
+        store: Arc<dyn MetaStore>,
+        identity: Option<StoreIdentity>,
+        config: Config,
+        host: Host,
+    ) -> Result<Self> {
+        let (cluster_id, generation) = prepare_shared(&store, identity, &host).await?;
         let ids = Arc::new(Ids::new(store.clone()));
         let sessions = Sessions::shared();
         let times = (config.timing.directory_beat_ms, config.timing.directory_dead_ms);
@@ -164,7 +169,7 @@ impl Directory {
 /// Makes a store fit for its generation, in steps that may be repeated: the root directory; and after a rebuild, which
 /// may miss the last changes, ids and epochs that cannot have been given away already, a mark on grants whose
 /// chunks may be of a commit that was lost, and the end of all locks.
-async fn prepare(store: &Arc<dyn MetaStore>, generation: Generation, host: &Host) -> Result<()> {
+pub(crate) async fn prepare(store: &Arc<dyn MetaStore>, generation: Generation, host: &Host) -> Result<()> {
     let view = View::new(store.clone());
     let settings = view.record::<record::Settings>(&key::settings()).await?;
     let known = settings.as_ref().map_or(0, |stored| stored.record.generation);
@@ -208,8 +213,12 @@ async fn prepare(store: &Arc<dyn MetaStore>, generation: Generation, host: &Host
 }
 
 /// Makes the cluster of a store that is shared, unless another directory has: whose plan comes second takes what is
-/// there. Answers the cluster's id and its generation.
-async fn prepare_shared(store: &Arc<dyn MetaStore>, host: &Host) -> Result<(String, Generation)> {
+/// there. Answers the cluster's id and its generation, which are those of the store's own `identity` where it has one.
+async fn prepare_shared(
+    store: &Arc<dyn MetaStore>,
+    identity: Option<StoreIdentity>,
+    host: &Host,
+) -> Result<(String, Generation)> {
     for _ in 0..PREPARE_ATTEMPTS {
         if let Some(settings) = view_settings(store).await? {
             if settings.cluster_id.is_empty() || settings.generation == 0 {
@@ -218,12 +227,23 @@ async fn prepare_shared(store: &Arc<dyn MetaStore>, host: &Host) -> Result<(Stri
                      empty it and migrate again",
                 ));
             }
+            if let Some(identity) = identity.as_ref().filter(|identity| {
+                (&identity.cluster_id, identity.generation.0) != (&settings.cluster_id, settings.generation)
+            }) {
+                return Err(Error::internal(format!(
+                    "the shared store is of cluster {}, generation {}, and holds records of cluster {}, generation {}: \
+                     restore it from a snapshot, or empty it and migrate again",
+                    identity.cluster_id, identity.generation, settings.cluster_id, settings.generation
+                )));
+            }
             return Ok((settings.cluster_id, Generation(settings.generation)));
         }
         let mut random = random_of(host);
+        let generation = identity.as_ref().map_or(1, |identity| identity.generation.0);
+        let cluster_id = identity.as_ref().map(|identity| identity.cluster_id.clone());
         let settings = record::Settings {
-            generation: 1,
-            cluster_id: random_id(&mut random),
+            generation,
+            cluster_id: cluster_id.unwrap_or_else(|| random_id(&mut random)),
             store_id: random_id(&mut random),
             ..record::Settings::default()
         };
@@ -231,7 +251,7 @@ async fn prepare_shared(store: &Arc<dyn MetaStore>, host: &Host) -> Result<(Stri
         let mut plan = Plan::new();
         plan.require(Precondition::Absent(key::settings()));
         plan.require(Precondition::Absent(root.clone()));
-        plan.put(root, attributes::root(Generation(1), host.clock.unix_ns()).to_bytes());
+        plan.put(root, attributes::root(Generation(generation), host.clock.unix_ns()).to_bytes());
         plan.put(key::settings(), settings.to_bytes());
         match store.commit(plan).await {
             Ok(_) => {

@@ -14,6 +14,7 @@
 //! | [`life`] | from an empty disk or an opened store to a serving directory |
 //! | [`shared`] | the same on a store that several directories share |
 //! | [`rebuild`] | forming a cluster, rebuilding one from its file servers |
+//! | [`restore`], [`migrate`] | a store from a backup, or from another engine |
 //! | [`gate`] | between handlers and the directory: forming, rebuilding, serving |
 //! | [`grpc`] | handlers |
 //! | [`config`] | what can be told at the start |
@@ -32,6 +33,7 @@ pub mod ids;
 pub mod life;
 pub mod membership;
 pub mod metrics;
+pub mod migrate;
 pub mod ops;
 pub mod rebuild;
 pub mod restore;

@@ -5,6 +5,7 @@
 //! <disk>/directory.current     name of the folder in use, durable
 //! <disk>/store-<cluster id>/   a store; with its generation behind it where an operator accepted an older one
 //! <disk>/directory.restored    the store in use was restored from a backup and has not served since
+//! <disk>/directory.moved       where the store went that was here
 //! ```
 //!
 //! A store that is there is claimed before it serves ([`crate::claim`]).
@@ -21,7 +22,7 @@ use crate::{
     store::{Found, JournaledConfig, JournaledStore, MetaStore, StoreIdentity, StoreWrapper, open_index},
 };
 use cairn_proto::{
-    Error, Result,
+    Error, Reason, Result,
     host::Host,
     id::{Generation, Revision},
 };
@@ -40,6 +41,8 @@ pub(crate) const CURRENT: &str = "directory.current";
 const CURRENT_BYTES_MAX: usize = 4_096;
 /// The file that says that the store in use was restored from a backup and has not served since.
 pub(crate) const RESTORED: &str = "directory.restored";
+/// The file that says that the store in use was moved to another place.
+pub(crate) const MOVED: &str = "directory.moved";
 /// Between two attempts to form or rebuild.
 const RETRY: Duration = Duration::from_millis(300);
 /// A claim that took no longer than this leaves the times of a directory as they were loaded.
@@ -81,6 +84,7 @@ impl Life {
     /// # Errors
     /// As [`JournaledStore::open`]: a damaged store refuses, and the message says what to do.
     pub async fn find(&self) -> Result<Option<Arc<JournaledStore>>> {
+        check_not_moved(&*self.disk).await?;
         let Some(dir) = current(&*self.disk).await? else { return Ok(None) };
         match JournaledStore::find(&self.disk, &dir).await? {
             Found::Store(_) => {}
@@ -402,8 +406,22 @@ pub(crate) async fn name(disk: &dyn Disk, dir: &Path) -> Result<()> {
     Ok(())
 }
 
+/// A store that was moved elsewhere must not serve: it is older than that.
+pub(crate) async fn check_not_moved(disk: &dyn Disk) -> Result<()> {
+    let Some(to) = durable::read_file(disk, Path::new(MOVED), CURRENT_BYTES_MAX).await? else {
+        return Ok(());
+    };
+    let to = String::from_utf8_lossy(&to).trim().to_owned();
+    Err(Error::new(
+        Reason::Conflict,
+        format!(
+            "the directory's store was moved to {to}: start the directory there. What is here is older; to use it all              the same, remove {MOVED}"
+        ),
+    ))
+}
+
 /// The folder of the store in use.
-async fn current(disk: &dyn Disk) -> Result<Option<PathBuf>> {
+pub(crate) async fn current(disk: &dyn Disk) -> Result<Option<PathBuf>> {
     let current = durable::read_file(disk, Path::new(CURRENT), CURRENT_BYTES_MAX).await?;
     let Some(current) = current else { return Ok(None) };
     let dir = std::str::from_utf8(&current).ok().map(str::trim).filter(|name| name.starts_with("store-"));

@@ -3,11 +3,12 @@
 use cairn_proto::{Error, Result, host::Host};
 use dir_service::{
     App,
-    args::{Args, Settings},
+    args::{Args, Settings, StoreChoice},
+    store::{EtcdOptions, EtcdStore, StoreWrapper},
 };
 use disk::RealDisk;
 use rand::{TryRngCore as _, rngs::OsRng};
-use std::{io::IsTerminal as _, process::ExitCode};
+use std::{io::IsTerminal as _, process::ExitCode, sync::Arc};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tracing_subscriber::EnvFilter;
@@ -53,8 +54,13 @@ async fn start() -> ExitCode {
     }
 }
 
+enum Engine {
+    Disk(Arc<RealDisk>),
+    Etcd(EtcdOptions),
+}
+
 async fn run(settings: Settings) -> Result<()> {
-    let Settings { listen, data, metrics, mut config } = settings;
+    let Settings { listen, store, data, metrics, mut config } = settings;
     // Signals first: from here on none of them kills the process in the middle of something.
     let shutdown = CancellationToken::new();
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
@@ -66,7 +72,13 @@ async fn run(settings: Settings) -> Result<()> {
         }
         stopped.cancel();
     });
-    let disk = RealDisk::open(&data).map_err(|error| Error::from(error).at(data.display().to_string()))?;
+    // The one place that chooses the engine. A folder is taken before any port is.
+    let engine = match store {
+        StoreChoice::Embedded => Engine::Disk(
+            RealDisk::open(&data).map_err(|error| Error::from(error).at(data.display().to_string()))?,
+        ),
+        StoreChoice::Etcd(options) => Engine::Etcd(options),
+    };
     let mut incoming = Vec::new();
     let mut addresses = Vec::new();
     for listen in &listen {
@@ -80,8 +92,20 @@ async fn run(settings: Settings) -> Result<()> {
     let seed = OsRng
         .try_next_u64()
         .map_err(|error| Error::internal(format!("the system gives no random numbers: {error}")))?;
-    let app = App::build(config, disk, Host::system(seed)).await?.with_metrics(metrics);
-    tracing::info!(listen = ?addresses, data = %data.display(), "directory listens");
+    let host = Host::system(seed);
+    let app = match engine {
+        Engine::Disk(disk) => {
+            tracing::info!(listen = ?addresses, data = %data.display(), "directory listens");
+            App::build(config, disk, host).await?
+        }
+        Engine::Etcd(options) => {
+            tracing::info!(listen = ?addresses, store = %options.address, "directory listens");
+            let store = EtcdStore::open_or_create(options, host.network.clone(), seed).await?;
+            let identity = store.identity().clone();
+            App::build_shared(config, Arc::new(store), Some(identity), host, StoreWrapper::default())
+        }
+    };
+    let app = app.with_metrics(metrics);
     let served = app.serve(incoming, shutdown).await;
     for listen in &listen {
         listen.leave();

@@ -160,7 +160,7 @@ impl Reader {
 }
 
 /// A restore overwrites nothing but what an interrupted one left.
-fn check_empty(data: &Path) -> Result<()> {
+pub(crate) fn check_empty(data: &Path) -> Result<()> {
     let entries = match std::fs::read_dir(data) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         entries => entries?,

@@ -11,7 +11,7 @@ use crate::{
     directory::Directory,
     gate::{Gate, Mode},
     rebuild::Lobby,
-    store::{MetaStore, StoreWrapper},
+    store::{MetaStore, StoreIdentity, StoreWrapper},
 };
 use cairn_proto::{Result, host::Host, v1};
 use std::{sync::Arc, time::Duration};
@@ -29,6 +29,8 @@ pub struct SharedLife {
     pub config: Config,
     /// The store that others use, too.
     pub store: Arc<dyn MetaStore>,
+    /// Whose store it is and which of its lives, where the store itself says so.
+    pub identity: Option<StoreIdentity>,
     /// Network, wall clock, seed.
     pub host: Host,
     /// Between the directory and its store.
@@ -47,14 +49,17 @@ impl SharedLife {
             let Some(directory) = shutdown.run_until_cancelled(self.open()).await else { return };
             let loops = Loops::start(&directory, None);
             self.gate.set(Mode::Serving(directory.clone()));
-            let failed = tokio::select! {
-                () = shutdown.cancelled() => false,
-                () = loops.failed() => true,
+            let mut behind = directory.cluster.behind.subscribe();
+            let why = tokio::select! {
+                () = shutdown.cancelled() => None,
+                () = loops.failed() => Some("a background task failed, as said above".to_owned()),
+                behind = behind.wait_for(Option::is_some) => {
+                    behind.ok().and_then(|behind| behind.as_ref().map(|behind| behind.reason.clone()))
+                }
             };
-            if failed {
-                tracing::error!("a background loop failed, as said above: the directory joins anew");
-                let reason = "a background task failed: the directory joins anew".to_owned();
-                self.gate.set(Mode::Joining { reason });
+            if let Some(why) = &why {
+                tracing::error!(%why, "the directory joins anew");
+                self.gate.set(Mode::Joining { reason: format!("the directory joins anew: {why}") });
             }
             loops.end().await;
             if let Some(membership) = &directory.membership
@@ -62,7 +67,8 @@ impl SharedLife {
             {
                 tracing::debug!(%error, "could not tell the other directories that this one stops");
             }
-            if !failed || shutdown.run_until_cancelled(tokio::time::sleep(RETRY)).await.is_none() {
+            // A fault that comes back at once must not keep the machine busy.
+            if why.is_none() || shutdown.run_until_cancelled(tokio::time::sleep(RETRY)).await.is_none() {
                 return;
             }
         }
@@ -84,7 +90,9 @@ impl SharedLife {
 
     async fn try_open(&self) -> Result<Directory> {
         let store = self.wrapper.wrap(self.store.clone());
-        let directory = Directory::open_shared(store, self.config.clone(), self.host.clone()).await?;
+        let directory =
+            Directory::open_shared(store, self.identity.clone(), self.config.clone(), self.host.clone())
+                .await?;
         let store_id = directory.cluster.state.lock().settings.store_id.clone();
         // The same from each of them, always: a file server writes a change of it to its disk.
         directory.cluster.followed_as(&v1::DirectoryLife {
@@ -97,3 +105,7 @@ impl SharedLife {
         Ok(directory)
     }
 }
+
+#[cfg(test)]
+#[path = "shared_tests.rs"]
+mod tests;

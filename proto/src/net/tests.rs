@@ -114,8 +114,9 @@ async fn servers_say_on_the_wire_what_their_traffic_needs() {
     for traffic in [Traffic::Small, Traffic::Bulk] {
         let (mut near, far) = duplex(64 * 1024);
         let incoming = tonic::codegen::tokio_stream::once(io::Result::Ok(Wire::new(far)));
-        let serving =
-            tokio::spawn(server(traffic, Room::Roomy).add_routes(Routes::default()).serve_with_incoming(incoming));
+        let serving = tokio::spawn(
+            server(traffic, Room::Roomy).add_routes(Routes::default()).serve_with_incoming(incoming),
+        );
         // The greeting, and settings without any.
         near.write_all(GREETING).await.unwrap();
         near.write_all(&[0, 0, 0, 4, 0, 0, 0, 0, 0]).await.unwrap();

@@ -619,8 +619,13 @@ impl SessionService for DirectoryFace {
         let mut state = self.0.state.lock();
         let session_id = state.id();
         state.sessions.insert(session_id);
-        let answer =
-            v1::OpenResponse { session_id, ttl_ms: request.ttl_ms, generation: 1, cluster_id: "fake".into(), directories: Vec::new() };
+        let answer = v1::OpenResponse {
+            session_id,
+            ttl_ms: request.ttl_ms,
+            generation: 1,
+            cluster_id: "fake".into(),
+            directories: Vec::new(),
+        };
         Ok(Response::new(told(&self.0.lies().open, answer)))
     }
 

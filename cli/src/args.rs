@@ -85,6 +85,8 @@ pub enum Command {
     Backup(Backup),
     /// Make the data folder of a directory that does not run from a backup
     Restore(Restore),
+    /// Move the store of a directory that does not run to another engine
+    Migrate(Migrate),
     /// Measure how fast the cluster is, in a folder of its own that is removed at the end
     Bench(Bench),
     /// Start rebuilding the directory although carriers of its journal are missing
@@ -320,6 +322,19 @@ pub struct Restore {
     /// Give the store a generation above this one: needed when the same backup was restored before
     #[arg(long, value_name = "GENERATION", default_value = "0")]
     pub above: u64,
+}
+
+#[derive(Debug, Args)]
+pub struct Migrate {
+    /// Where the store is: the data folder of a directory, or etcd://host1:2379,host2:2379/prefix
+    #[arg(long, value_name = "STORE")]
+    pub from: String,
+    /// Where it is to go: an empty folder, or etcd://... with a prefix under which nothing is
+    #[arg(long, value_name = "STORE")]
+    pub to: String,
+    /// How to talk to etcd; the same where both are on etcd
+    #[command(flatten)]
+    pub etcd: cluster::EtcdArgs,
 }
 
 #[derive(Debug, Args)]

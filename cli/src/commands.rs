@@ -6,6 +6,7 @@ pub mod cluster;
 pub mod health;
 pub mod list;
 pub mod lock;
+pub mod migrate;
 pub mod names;
 pub mod stream;
 pub mod up;

@@ -111,6 +111,16 @@ pub struct Restored {
     pub generation: u64,
 }
 
+/// `cairn migrate`.
+#[derive(Debug, Serialize)]
+pub struct Migrated {
+    pub cluster_id: String,
+    pub revision: u64,
+    pub records: u64,
+    pub from_generation: u64,
+    pub generation: u64,
+}
+
 /// How far a server is with re-reading all its copies.
 #[derive(Debug, Serialize)]
 pub struct Scrub {

@@ -104,6 +104,7 @@ async fn execute(cli: Cli) -> Result<(), Failure> {
         Command::Drain(drain) => commands::cluster::drain(shared, drain).await,
         Command::Backup(backup) => commands::backup::backup(shared, backup).await,
         Command::Restore(restore) => commands::backup::restore(shared, restore).await,
+        Command::Migrate(migrate) => commands::migrate::run(shared, migrate).await,
         Command::Bench(bench) => commands::bench::run(shared, bench).await,
         Command::Rebuild(_) => commands::cluster::rebuild(shared).await,
         Command::Health(health) => commands::health::run(shared, health).await,

@@ -25,6 +25,7 @@
 //! | a dead or forgetful directory | [`Cluster::kill_directory`], [`Cluster::lose_directory_store`] |
 //! | everything dead at once, or without power | [`Cluster::kill_all`], [`Cluster::lose_power`] |
 //! | a directory's data folder from a backup | [`restore`] |
+//! | a directory's store on another engine | [`migrate`] |
 //! | faults of a disk | [`Cluster::memory_disk`], [`Cluster::folder`] |
 //! | faults of your own making | [`Builder::disk_wrapper`], [`Builder::network_wrapper`] and the like |
 //!
@@ -40,7 +41,11 @@ mod member;
 mod wrappers;
 
 pub use builder::{Builder, FILE_SERVERS_MAX};
-pub use dir_service::restore::{BACKUP_FILE, Restored, restore};
+pub use dir_service::{
+    args::etcd::EtcdArgs,
+    migrate::{Migrated, Place, migrate},
+    restore::{BACKUP_FILE, Restored, restore},
+};
 pub use wrappers::Role;
 
 use builder::Layout;

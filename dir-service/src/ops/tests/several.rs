@@ -33,7 +33,7 @@ impl One {
     async fn join(store: &MemoryStore) -> Self {
         let shared: Arc<dyn MetaStore> = Arc::new(store.clone());
         let config = Config { advertise: vec!["http://127.0.0.1:7400".into()], ..Config::default() };
-        let directory = Directory::open_shared(shared, config, Host::system(3)).await.unwrap();
+        let directory = Directory::open_shared(shared, None, config, Host::system(3)).await.unwrap();
         let directory = Arc::new(directory);
         let stop = CancellationToken::new();
         let others = vec![

@@ -16,12 +16,9 @@ const KEYS: usize = 10_000;
 const VALUE_BYTES: usize = 200;
 
 /// Calls a second, and milliseconds within which half and 99 of 100 are answered.
-async fn rate<F: Future<Output = ()> + Send>(
+async fn rate<F: Future<Output = ()> + Send + 'static>(
     call: impl Fn(usize, usize) -> F + Send + Sync + 'static,
-) -> (f64, f64, f64)
-where
-    F: 'static,
-{
+) -> (f64, f64, f64) {
     let (call, until) = (Arc::new(call), Instant::now() + SPAN);
     let clients: Vec<_> = (0..CLIENTS)
         .map(|client| {

@@ -22,6 +22,9 @@ const HEAL_MS: u64 = 120_000;
 /// Longest simulated time of one question in the end.
 const ANSWER_MS: u64 = 60_000;
 
+/// Longest simulated time of the proof, in which sessions of dead clients end.
+const VERIFY_MS: u64 = 120_000;
+
 /// Every copy is read once in this time.
 const SCRUB_MS: u64 = 4_000;
 /// What a lost store may take with it: the lag that the journal's copies may have, and the look that measures it.
@@ -177,7 +180,7 @@ impl Run {
             self.wait_healthy(HEAL_MS)?;
         }
         let team = self.team.clone();
-        let (histories, _) = self.observe(ANSWER_MS, |client| team.verify(client))??;
+        let (histories, _) = self.observe(VERIFY_MS, |client| team.verify(client))??;
         let connector = self.world.connector(self.observer);
         self.observe(ANSWER_MS, |client| checkers::copies::differences(client, connector))??;
         let problems = self.shared.violations();

@@ -1,16 +1,21 @@
 //! "Healthy" is true: of every chunk of any file there are as many copies as its group has seats, with the same bytes.
 //!
-//! While a seat moves, the newcomer's copy may be missing, and is said to be; the copy of who gives the seat counts.
+//! While a seat moves, the newcomer's copy may be missing, and is said to be; the copy of who gives the seat counts. It may
+//! be gone a moment after it was told of, when the newcomer's is there: then what is said now is looked at.
 
 use bytes::BytesMut;
 use cairn_proto::{
+    Error, Reason,
     net::{Connect, Traffic, channel},
-    v1::{Kind, ReadRequest, file_service_client::FileServiceClient},
+    v1::{ChunkId, Kind, ReadRequest, file_service_client::FileServiceClient},
 };
 use client_lib::Client;
 use futures::StreamExt as _;
 use std::{collections::BTreeMap, sync::Arc};
 use tonic::transport::Channel;
+
+/// Looks at a file, each behind a new question. What is a lie stays one.
+const ATTEMPTS: usize = 3;
 
 /// Reads every copy of every chunk of every file.
 ///
@@ -42,51 +47,71 @@ async fn file(
     channels: &mut BTreeMap<String, Channel>,
     path: &str,
 ) -> Result<(), String> {
-    let explained = client.explain(path).await.map_err(|error| error.to_string())?;
-    for chunk in explained.chunks {
-        let wanted = chunk.extent.and_then(|extent| extent.chunk).and_then(|chunk| chunk.chunk);
-        let seats = chunk.group.map(|group| group.seats).unwrap_or_default();
-        let mut first = None;
-        let mut good = 0;
-        for copy in chunk.copies {
-            let server = copy.server.ok_or("a copy without a server")?;
-            // One that lost its seat may be away for good; members are not, in a healthy cluster.
-            let is_member = seats.iter().any(|seat| seat.server_id == server.id);
-            if !is_member && copy.state == "unreachable" {
-                continue;
-            }
-            if copy.state == "missing" {
-                continue;
-            }
-            let uri = &server.endpoints.first().ok_or("a server without an address")?.uri;
-            let channel = match channels.get(uri) {
-                Some(channel) => channel.clone(),
-                None => {
-                    let made = channel(network, uri, Traffic::Bulk).map_err(|error| error.to_string())?;
-                    channels.insert(uri.clone(), made.clone());
-                    made
-                }
-            };
-            let failed = |status: tonic::Status| {
-                format!("{wanted:?} on {uri}, which is said to be {}: {}", copy.state, status.message())
-            };
-            let request = ReadRequest { chunk: wanted, ..Default::default() };
-            let mut parts = FileServiceClient::new(channel).read(request).await.map_err(failed)?.into_inner();
-            let mut bytes = BytesMut::new();
-            while let Some(part) = parts.message().await.map_err(failed)? {
-                bytes.extend_from_slice(&part.data);
-            }
-            good += 1;
-            match &first {
-                None => first = Some(bytes),
-                Some(first) if *first == bytes => {}
-                Some(_) => return Err(format!("{wanted:?} on {uri} has other bytes")),
-            }
-        }
-        let seats = seats.iter().filter(|seat| seat.server_id != 0).count();
-        if wanted.is_some() && good < seats.max(1) {
-            return Err(format!("{wanted:?} has {good} copies of {seats}"));
+    let mut why = String::new();
+    for _ in 0..ATTEMPTS {
+        match look(client, network, channels, path).await? {
+            None => return Ok(()),
+            Some(missing) => why = missing,
         }
     }
-    Ok(())
+    Err(why)
+}
+
+/// Reads all copies of a file's chunks. Answers where there are fewer than there should be by what was said just before: a
+/// seat may have moved since.
+async fn look(
+    client: &Client,
+    network: &Arc<dyn Connect>,
+    channels: &mut BTreeMap<String, Channel>,
+    path: &str,
+) -> Result<Option<String>, String> {
+    let explained = client.explain(path).await.map_err(|error| error.to_string())?;
+    for chunk in explained.chunks {
+        let Some(wanted) = chunk.extent.and_then(|extent| extent.chunk).and_then(|chunk| chunk.chunk) else {
+            continue;
+        };
+        let seats = chunk.group.map(|group| group.seats).unwrap_or_default();
+        let seats = seats.iter().filter(|seat| seat.server_id != 0).count();
+        let mut copies: Vec<BytesMut> = Vec::new();
+        let mut missing = Vec::new();
+        for copy in chunk.copies {
+            let server = copy.server.ok_or("a copy without a server")?;
+            let uri = &server.endpoints.first().ok_or("a server without an address")?.uri;
+            if copy.state == "missing" || copy.state == "unreachable" {
+                missing.push(format!("{uri} is {}", copy.state));
+                continue;
+            }
+            if !channels.contains_key(uri) {
+                let made = channel(network, uri, Traffic::Bulk).map_err(|error| error.to_string())?;
+                channels.insert(uri.clone(), made);
+            }
+            let said = |why: Error| format!("{wanted:?} on {uri}, which is said to be {}: {why}", copy.state);
+            match read(channels[uri].clone(), wanted).await {
+                Ok(bytes) => copies.push(bytes),
+                Err(error) if error.reason == Reason::ChunkNotFound => missing.push(said(error)),
+                Err(error) => return Err(said(error)),
+            }
+        }
+        if copies.windows(2).any(|two| two[0] != two[1]) {
+            return Err(format!("{wanted:?} has copies that differ"));
+        }
+        if copies.len() < seats.max(1) {
+            return Ok(Some(format!(
+                "{wanted:?} has {} copies of {seats}: {}",
+                copies.len(),
+                missing.join(", ")
+            )));
+        }
+    }
+    Ok(None)
+}
+
+async fn read(channel: Channel, chunk: ChunkId) -> Result<BytesMut, Error> {
+    let request = ReadRequest { chunk: Some(chunk), ..Default::default() };
+    let mut parts = FileServiceClient::new(channel).read(request).await?.into_inner();
+    let mut bytes = BytesMut::new();
+    while let Some(part) = parts.message().await? {
+        bytes.extend_from_slice(&part.data);
+    }
+    Ok(bytes)
 }

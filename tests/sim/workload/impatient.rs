@@ -13,8 +13,9 @@ pub const FOLDER: &str = "/impatient";
 const FILES: u64 = 4;
 /// Longest content, in words of 8 bytes: several chunks.
 const WORDS_MAX: u64 = 7_000;
-/// How long a lock may still be on its way back when all is well: longer than two attempts to give it back.
-const GIVEN_BACK: Duration = Duration::from_secs(10);
+/// How long a lock may be held when all is well: the longest session of a client that died, and longer than two attempts
+/// to give back what a living one gave up.
+const GIVEN_BACK: Duration = Duration::from_secs(45);
 
 fn path(number: u64) -> String {
     format!("{FOLDER}/{number}")

@@ -10,6 +10,7 @@ use cairn_proto::{
     net::{Traffic, accept_tcp, channel},
     v1::{self, directory_service_client::DirectoryServiceClient},
 };
+use std::collections::VecDeque;
 use tokio::{net::TcpListener, task::JoinHandle};
 use tonic::transport::Channel;
 
@@ -100,6 +101,46 @@ async fn a_directory_on_etcd_serves_and_is_the_same_after_a_restart() {
     assert_eq!(second.names().await, ["a", "c"]);
     second.mkdir("/d").await.unwrap();
     second.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn linear_three_directories_on_one_etcd_see_each_others_changes_and_outlive_each_other() {
+    let Some(mut etcd) = Etcd::start().await else { return };
+    let mut all: VecDeque<Started> =
+        [Started::on(&etcd, 1).await, Started::on(&etcd, 2).await, Started::on(&etcd, 3).await].into();
+    let mut names = Vec::new();
+    for round in 0..9 {
+        let name = format!("made-{round}");
+        all[round % 3].mkdir(&format!("/{name}")).await.unwrap();
+        let again = all[(round + 1) % 3].mkdir(&format!("/{name}")).await.unwrap_err();
+        assert_eq!(again.code(), tonic::Code::AlreadyExists);
+        names.push(name);
+        for directory in &all {
+            assert_eq!(directory.names().await, names, "round {round}");
+        }
+    }
+    let first = all.pop_front().unwrap();
+    first.stop().await;
+    etcd.kill(0);
+    etcd.restart(0);
+    for (directory, name) in all.iter().zip(["x", "y"]) {
+        let made = async {
+            while let Err(status) = directory.mkdir(&format!("/{name}")).await {
+                if status.code() == tonic::Code::AlreadyExists {
+                    break;
+                }
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(30), made).await.expect("it goes on with etcd");
+        names.push(name.to_owned());
+        for directory in &all {
+            assert_eq!(directory.names().await, names);
+        }
+    }
+    for directory in all {
+        directory.stop().await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -122,10 +122,13 @@ fn check_lead(membership: &Membership, term: Option<u64>) -> Result<()> {
 async fn take_over(directory: &Directory, membership: &Membership, lost: &[Lost]) -> Result<()> {
     let sessions = &directory.sessions;
     let living = || lost.iter().filter(|lost| !lost.session.ended);
-    for one in living() {
-        sessions.arriving(one.id, one.session.ttl_ms, None);
-    }
-    let (taken, known) = match membership.cover(sessions, Revision(0)).await {
+    // Those that have ended read nothing; one that is on its way here already may have said what it reads.
+    let marks: Vec<_> = living().map(|one| sessions.arriving(one.id, one.session.ttl_ms, None)).collect();
+    let covered = match marks.into_iter().flatten().min() {
+        Some(mark) => membership.cover(sessions, mark).await,
+        None => Ok(()),
+    };
+    let (taken, known) = match covered {
         Ok(()) => {
             let me = membership.me();
             let mut plan = Plan::new();

@@ -280,6 +280,22 @@ async fn a_session_without_a_home_is_taken_in() {
     assert!(began.elapsed() >= Duration::from_secs(6), "a TTL, and one more for its answers");
 }
 
+/// Found by a collector that stood still: whoever leads waited for a floor that no session asked for.
+#[tokio::test(start_paused = true)]
+async fn sessions_that_have_ended_are_taken_in_without_a_wait() {
+    let store = MemoryStore::new();
+    let ended = SessionId(78);
+    let mut plan = Plan::new();
+    let gone = Session { ttl_ms: 3_000, ended: true, home: 9, ..Session::default() };
+    plan.put(key::session(ended), gone.to_bytes());
+    store.commit(plan).await.unwrap();
+    let began = Instant::now();
+    let a = One::join(&store).await;
+    until("it knows of all", || async { a.directory.membership.as_ref().unwrap().knows_readers() }).await;
+    assert!(began.elapsed() < Duration::from_secs(2), "{:?}", began.elapsed());
+    until("it is forgotten", || async { record(&store, ended).await.is_none() }).await;
+}
+
 #[tokio::test(start_paused = true)]
 async fn what_a_leader_decides_ends_with_its_lead() {
     let store = MemoryStore::new();

@@ -13,7 +13,7 @@
 //!   a plan is smaller. Many are on their way at a time, over one connection; etcd writes them to its log together.
 //! * Reads are linearizable, and all of one operation at the revision that the first one fixed.
 //! * A plan whose answer is lost counts as `Unknown`. Only what certainly had no effect is `Refused`: it was never sent, or etcd
-//!   says so with an error that it gives before it applies anything ([`failure`]).
+//!   says so with an error that it gives before it applies anything (`failure.rs`).
 
 use super::{Changes, CommitError, Found, KeyRange, MetaStore, Page, StoreIdentity};
 use async_trait::async_trait;

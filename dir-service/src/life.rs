@@ -415,7 +415,8 @@ pub(crate) async fn check_not_moved(disk: &dyn Disk) -> Result<()> {
     Err(Error::new(
         Reason::Conflict,
         format!(
-            "the directory's store was moved to {to}: start the directory there. What is here is older; to use it all              the same, remove {MOVED}"
+            "the directory's store was moved to {to}: start the directory there. What is here is older; to use it all \
+             the same, remove {MOVED}"
         ),
     ))
 }

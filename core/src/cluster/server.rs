@@ -197,7 +197,8 @@ pub fn must_stay(ties: Ties) -> Option<String> {
     }
     if ties.left > 0 {
         return Some(format!(
-            "it may hold the only copies of chunks in {} groups that it left: wait until all copies are made again, and              drain it to give up what it holds",
+            "it may hold the only copies of chunks in {} groups that it left: wait until all copies are made again, and \
+             drain it to give up what it holds",
             ties.left
         ));
     }
